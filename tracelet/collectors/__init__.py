@@ -1,0 +1,1 @@
+"""What tracelet finds out by itself about where a run takes place."""

@@ -1,0 +1,1 @@
+"""The experiment as training code sees it."""

@@ -1,0 +1,1 @@
+"""The destinations: each takes batches and gives one of three answers."""

@@ -1,0 +1,1 @@
+"""The wire contract: names, and records to OTLP bytes; pure."""
