@@ -168,9 +168,7 @@ class AttemptEnded:
     params: Mapping[str, Scalar]  # last value of each key
     tags: Mapping[str, str]
     open_spans: tuple[SpanStarted, ...]  # phases that never ended
-    series: Mapping[
-        str, tuple[tuple[str, int], ...]
-    ]  # writer id -> its metric names, each with its last stamp (ns)
+    series: Mapping[str, tuple[tuple[str, int], ...]]  # writer id -> its metric names, each with its last stamp (ns)
 
 
 @dataclass(frozen=True, slots=True)
