@@ -1,0 +1,46 @@
+# Everything one does here, a word each. `make` alone lists them.
+#
+# Nothing has to be installed by hand: Python 3.11 or newer with its venv module, and make. What the project needs goes
+# into .venv (by uv where it is there, else by pip); .venv/.ready-* say that this has been done for the pyproject.toml
+# at hand.
+
+VENV := .venv
+PYTHON ?=
+RUN := $(VENV)/bin/python -m
+export PYTHON
+
+.PHONY: help demo test check format docs bench clean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.ready-demo ## train a classifier on digits, logged into MLflow's local store (a minute, once installed)
+	@$(VENV)/bin/python examples/digits.py
+
+test: $(VENV)/.ready-dev ## all tests
+	$(RUN) pytest $(ARGS)
+
+check: $(VENV)/.ready-dev ## format, lint, types, import rules, the docs' build
+	$(RUN) ruff format --check .
+	$(RUN) ruff check .
+	$(RUN) mypy
+	$(VENV)/bin/lint-imports --no-logo
+	$(RUN) mkdocs build --strict --quiet
+
+format: $(VENV)/.ready-dev ## put the code into the form that `check` asks for
+	$(RUN) ruff format .
+	$(RUN) ruff check --fix .
+
+docs: $(VENV)/.ready-dev ## serve the documentation at http://127.0.0.1:8000, rebuilt at each change
+	$(RUN) mkdocs serve
+
+bench: $(VENV)/.ready-dev ## the numbers: import time, the price of a call, the way to the backends
+	@for file in benchmarks/*.py; do echo; echo "== $$file"; $(VENV)/bin/python "$$file" || exit 1; done
+
+clean: ## remove what was built here; runs, and MLflow's store, stay
+	rm -rf $(VENV) site build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.ready-%: pyproject.toml scripts/environment.sh
+	@scripts/environment.sh $*
