@@ -1,47 +1,102 @@
-"""The frozen specifications of destinations, their names, and which one is meant when none is named."""
+"""The frozen specifications of destinations, their names, and which one is meant when none is named.
+
+No exporter code here: a specification becomes a destination (plain data for the manifest: absolute, without secrets)
+and its secrets (for the shipper alone, by its standard input), from which the shipper builds the exporter.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
 
-__all__ = ["OTLP", "Chosen", "Console", "File", "MLflow", "Spec", "choose", "parse", "to_destination"]
+from tracelet.errors import ConfigError
+
+__all__ = [
+    "OTLP",
+    "Chosen",
+    "Console",
+    "File",
+    "MLflow",
+    "Spec",
+    "choose",
+    "parse",
+    "to_destination",
+    "tracking_uri",
+    "without_credentials",
+]
+
+SIGNALS = ("metrics", "traces", "logs")
+_DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 
 
 @dataclass(frozen=True, slots=True)
 class MLflow:
-    """An MLflow tracking server or database."""
+    """An MLflow tracking server (`http://`, `https://`) or database (`sqlite:///`, `postgresql://`, ...).
 
-    tracking_uri: str | None = None
+    Without an address: MLFLOW_TRACKING_URI, else `mlflow.db` in the working folder, as MLflow itself has it.
+
+    Example:
+        >>> from tracelet.backends import MLflow
+        >>> MLflow(tracking_uri="http://mlflow.example:5000")
+        MLflow(tracking_uri='http://mlflow.example:5000')
+    """
+
+    tracking_uri: str | None = field(default=None)
+
+    def __repr__(self) -> str:
+        shown = None if self.tracking_uri is None else without_credentials(self.tracking_uri)
+        return f"MLflow(tracking_uri={shown!r})"
 
 
 @dataclass(frozen=True, slots=True)
 class OTLP:
-    """An OTLP receiver: a collector, or a backend that speaks OTLP."""
+    """An OTLP receiver: an OpenTelemetry Collector, or a backend that speaks OTLP.
+
+    What is None comes from the OTEL_EXPORTER_OTLP_* variables, else from OpenTelemetry's defaults. As in
+    OpenTelemetry's variables, `endpoint` is the base address; over HTTP `v1/metrics`, `v1/traces` and `v1/logs`
+    are appended to it. `protocol` is "http/protobuf" or "grpc", `compression` "gzip" or "none".
+    """
 
     endpoint: str | None = None
     protocol: str | None = None
     headers: Mapping[str, str] | None = field(default=None, repr=False)
     compression: str | None = None
     timeout_s: float | None = None
-    explicit: bool = True
+    explicit: bool = True  # False: chosen by the environment, then only signals with an endpoint are sent
+
+    def __repr__(self) -> str:
+        shown = None if self.endpoint is None else without_credentials(self.endpoint)
+        return f"OTLP(endpoint={shown!r}, protocol={self.protocol!r})"
 
 
 @dataclass(frozen=True, slots=True)
 class Console:
-    """The training program's standard output."""
+    """The training program's standard output, for a look at what is sent."""
 
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """OTLP JSON lines in a file."""
+    """OTLP JSON lines in a file; without a path, `tracelet.otlp.jsonl` in the working folder."""
 
-    path: str | None = None
+    path: str | os.PathLike[str] | None = None
 
 
 Spec = MLflow | OTLP | Console | File
+_SPECS: Mapping[str, type[MLflow] | type[OTLP] | type[Console] | type[File]] = {
+    "mlflow": MLflow,
+    "otlp": OTLP,
+    "console": Console,
+    "file": File,
+}
+_KINDS = {spec: name for name, spec in _SPECS.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,17 +105,237 @@ class Chosen:
 
     destinations: tuple[dict[str, Any], ...]
     secrets: dict[str, dict[str, Any]] = field(repr=False)  # destination id -> secrets; only those that have some
-    why: str = ""
+    why: str
+
+
+# ---- names -------------------------------------------------------------------------------------------------------
 
 
 def parse(backend: object) -> tuple[Spec, ...]:
-    """Specifications of a name, several names, a specification or a list of these."""
-    raise NotImplementedError
+    """Specifications of a name, names with commas, a specification, or a list of these; each destination once.
+
+    Raises:
+        ConfigError: a name that is none (with the nearest right one), one not built yet, or another kind of object.
+
+    Example:
+        >>> from tracelet.backends import parse
+        >>> parse("mlflow, otlp")
+        (MLflow(tracking_uri=None), OTLP(endpoint=None, protocol=None))
+    """
+    specs = list(_each(backend))
+    if not specs:
+        raise ConfigError(f"backend {backend!r} names no destination: use {_names()}, or leave it out", backend=backend)
+    unique: list[Spec] = []
+    for spec in specs:  # headers make an OTLP unhashable, so no dict.fromkeys
+        if spec not in unique:
+            unique.append(spec)
+    return tuple(unique)
+
+
+def _each(backend: object) -> Iterable[Spec]:
+    if isinstance(backend, (MLflow, OTLP, Console, File)):
+        yield backend
+    elif isinstance(backend, str):
+        for name in backend.split(","):
+            if name.strip():
+                yield _named(name.strip())
+    elif isinstance(backend, (list, tuple)):
+        for item in backend:
+            yield from _each(item)
+    elif isinstance(backend, type) and backend in _KINDS:
+        raise ConfigError(f"backend is the class {backend.__name__}: write {backend.__name__}()", backend=backend)
+    elif hasattr(backend, "export"):
+        raise ConfigError(
+            f"backend is a live exporter ({type(backend).__name__}), which can't cross to the shipper's process; this"
+            " is not built yet: use tracelet.OTLP(endpoint=...), from which the shipper makes its own",
+            backend=backend,
+        )
+    else:
+        raise ConfigError(
+            f"backend can't be of type {type(backend).__name__}: use {_names()}, tracelet.MLflow(...),"
+            " tracelet.OTLP(...), or a list of these",
+            backend=backend,
+        )
+
+
+def _named(name: str) -> Spec:
+    spec = _SPECS.get(name.lower())
+    if spec is not None:
+        return spec()
+    if name.lower() == "prometheus":
+        raise ConfigError(
+            "backend 'prometheus' is not built yet: use 'otlp' with an OpenTelemetry Collector that writes to"
+            " Prometheus",
+            backend=name,
+        )
+    import difflib  # only on the way to an error
+
+    near = difflib.get_close_matches(name.lower(), _SPECS, n=1, cutoff=0.4)
+    advice = f"did you mean {near[0]!r}?" if near else f"there are {_names()}"
+    raise ConfigError(f"backend {name!r} is none: {advice}", backend=name, nearest=near[0] if near else None)
+
+
+def _names() -> str:
+    return ", ".join(repr(name) for name in _SPECS)
+
+
+# ---- from a specification to plain data --------------------------------------------------------------------------
 
 
 def to_destination(spec: Spec, environ: Mapping[str, str], cwd: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The manifest's entry of `spec` (absolute, without secrets), and its secrets."""
-    raise NotImplementedError
+    """The manifest's entry of `spec` {id, kind, spec}, absolute and without secrets; and its secrets.
+
+    The id is made of the address alone, so that a new token or timeout stays the same destination.
+
+    Raises:
+        ConfigError: an address that can't be right, or one of a kind that is not built yet.
+    """
+    if isinstance(spec, MLflow):
+        fields, secrets = _mlflow(spec, environ, cwd)
+        address: object = fields["tracking_uri"]
+    elif isinstance(spec, OTLP):
+        fields, secrets = _otlp(spec, environ)
+        address = [fields["endpoint"], fields["environment"] if fields["endpoint"] is None else None]
+    elif isinstance(spec, File):
+        path = os.path.abspath(cwd / Path(spec.path or "tracelet.otlp.jsonl").expanduser())
+        fields, secrets, address = {"path": path}, {}, path
+    else:
+        fields, secrets, address = {}, {}, None
+    kind = _KINDS[type(spec)]
+    digest = hashlib.sha256(json.dumps([kind, address], sort_keys=True).encode()).hexdigest()[:8]
+    destination: dict[str, Any] = {"id": f"{kind}-{digest}", "kind": kind, "spec": fields}
+    if kind == "console":
+        # It is the training program's own terminal, so a thread of that program writes to it, not the shipper.
+        destination["in_process"] = True
+    return destination, secrets
+
+
+def tracking_uri(destination: Mapping[str, Any], secrets: Mapping[str, Any]) -> str:
+    """The MLflow address of a destination of kind mlflow, with the credentials put back.
+
+    `secrets` are that destination's own, or {} where they are not at hand.
+    """
+    return str(secrets.get("tracking_uri") or destination["spec"]["tracking_uri"])
+
+
+def _mlflow(spec: MLflow, environ: Mapping[str, str], cwd: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    uri = spec.tracking_uri or environ.get("MLFLOW_TRACKING_URI", "").strip() or "sqlite:///mlflow.db"
+    scheme = urlsplit(uri).scheme.lower()
+    engine = scheme.partition("+")[0]
+    shown = without_credentials(uri)
+    if engine == "sqlite":
+        uri = _absolute_sqlite(uri, cwd)
+    elif scheme in ("http", "https"):
+        if not urlsplit(uri).hostname:
+            raise ConfigError(f"tracking_uri {shown!r} has no host: use one such as http://localhost:5000", uri=shown)
+        uri = uri.rstrip("/")
+    elif engine not in _DATABASES:
+        raise ConfigError(
+            f"tracking_uri {shown!r} is of a kind that is not built yet: use http://, https://, or a database"
+            f" ({', '.join(_DATABASES)}); for MLflow's local database sqlite:///mlflow.db",
+            uri=shown,
+        )
+    public = without_credentials(uri)
+    fields: dict[str, Any] = {"tracking_uri": public}
+    if scheme not in ("http", "https"):
+        # MLflow keeps a local database's artifacts in ./mlruns of whoever writes; this says whose folder that is.
+        fields["artifact_root"] = str(cwd / "mlruns")
+    return fields, {"tracking_uri": uri} if uri != public else {}
+
+
+def _absolute_sqlite(uri: str, cwd: Path) -> str:
+    """`sqlite:///mlflow.db` with the path made absolute, as SQLAlchemy reads it: what follows the third slash."""
+    head, slashes, rest = uri.partition(":///")
+    path, mark, query = rest.partition("?")
+    if not slashes or not path or path == ":memory:" or path.startswith("file:"):
+        raise ConfigError(
+            f"tracking_uri {uri!r} names no file, and another process has to find it: use sqlite:///mlflow.db", uri=uri
+        )
+    # MLflow unquotes its own default and hands others to SQLAlchemy as they are; so nothing is quoted here.
+    return f"{head}:///{os.path.abspath(os.path.join(cwd, path))}{mark}{query}"
+
+
+def _otlp(spec: OTLP, environ: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    if spec.protocol not in (None, "http/protobuf", "grpc"):
+        raise ConfigError(f"OTLP protocol is {spec.protocol!r}, but has to be 'http/protobuf' or 'grpc'")
+    if spec.compression not in (None, "gzip", "none"):
+        raise ConfigError(f"OTLP compression is {spec.compression!r}, but has to be 'gzip' or 'none'")
+    if spec.timeout_s is not None and not spec.timeout_s > 0:
+        raise ConfigError(f"OTLP timeout_s is {spec.timeout_s!r}, but has to be a number of seconds above 0")
+    # gRPC takes a bare host:port, as OpenTelemetry's exporter does.
+    grpc = (spec.protocol or environ.get("OTEL_EXPORTER_OTLP_PROTOCOL", "").strip()) == "grpc"
+    if spec.endpoint is not None and not urlsplit(spec.endpoint).netloc and not grpc:
+        raise ConfigError(
+            f"OTLP endpoint {spec.endpoint!r} has no host: use one such as http://localhost:4318",
+            endpoint=spec.endpoint,
+        )
+    variables = {
+        name: value.strip()
+        for name, value in sorted(environ.items())
+        if name.startswith("OTEL_EXPORTER_OTLP_") and name.endswith(("ENDPOINT", "PROTOCOL")) and value.strip()
+    }
+    public = {name: without_credentials(value) for name, value in variables.items()}
+    endpoint = None if spec.endpoint is None else without_credentials(spec.endpoint)
+    fields = {
+        "explicit": spec.explicit,
+        "endpoint": endpoint,
+        "protocol": spec.protocol,
+        "compression": spec.compression,
+        "timeout_s": spec.timeout_s,
+        "signals": list(SIGNALS if spec.explicit else _signals(environ)),
+        "environment": public,
+    }
+    secrets: dict[str, Any] = {}
+    if spec.headers:
+        secrets["headers"] = dict(spec.headers)
+    if endpoint != spec.endpoint:
+        secrets["endpoint"] = spec.endpoint
+    if public != variables:
+        secrets["environment"] = variables
+    return fields, secrets
+
+
+def _signals(environ: Mapping[str, str]) -> tuple[str, ...]:
+    """The signals for which the environment has an endpoint; an empty variable counts as unset, as in OTel."""
+    if environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "").strip():
+        return SIGNALS
+    return tuple(s for s in SIGNALS if environ.get(f"OTEL_EXPORTER_OTLP_{s.upper()}_ENDPOINT", "").strip())
+
+
+_SECRET_WORDS = ("password", "passwd", "pwd", "secret", "token", "key", "credential", "auth", "sig")
+
+
+def without_credentials(uri: str) -> str:
+    """`uri` without what lets somebody in: for the manifest, for logs and messages.
+
+    Over HTTP all of `user:password@` goes (a token is often the user alone); a database's address keeps its user,
+    which is part of it. Query parameters whose names sound secret go.
+
+    Example:
+        >>> from tracelet.backends import without_credentials
+        >>> without_credentials("postgresql://ml:s3cret@db/runs"), without_credentials("https://token@host/x")
+        ('postgresql://ml@db/runs', 'https://host/x')
+    """
+    parts = urlsplit(uri)
+    user_info, at, host = parts.netloc.rpartition("@")
+    netloc = host
+    if at and parts.scheme.partition("+")[0].lower() in _DATABASES:
+        user = user_info.partition(":")[0]
+        netloc = f"{user}@{host}" if user else host
+    query = parts.query
+    if any(_sounds_secret(name) for name, _ in parse_qsl(query, keep_blank_values=True)):
+        pairs = [(n, v) for n, v in parse_qsl(query, keep_blank_values=True) if not _sounds_secret(n)]
+        query = urlencode(pairs, quote_via=quote)
+    if netloc == parts.netloc and query == parts.query:
+        return uri  # untouched: urlunsplit would write `sqlite:////x` with two slashes less
+    return urlunsplit((parts.scheme, netloc, parts.path, query, parts.fragment))
+
+
+def _sounds_secret(name: str) -> bool:
+    return any(word in unquote(name).lower() for word in _SECRET_WORDS)
+
+
+# ---- when none is named ------------------------------------------------------------------------------------------
 
 
 def choose(
@@ -71,5 +346,81 @@ def choose(
     cwd: Path,
     mlflow_installed: bool | None = None,
 ) -> Chosen:
-    """Where a run goes: what `backend` names, else what the environment does, else MLflow's local store."""
-    raise NotImplementedError
+    """Where a run goes: what `backend` names, else what the environment does, else MLflow's local store.
+
+    `tracking_uri` is the address of every MLflow without one of its own; given without a `backend`, it names mlflow.
+    `mlflow_installed` None: looked up, without importing it.
+
+    Raises:
+        ConfigError: see `parse` and `to_destination`.
+    """
+    if backend is not None and backend != "":
+        specs, reason = parse(backend), "named by backend"
+    else:
+        specs, reason = _from_environment(tracking_uri, environ, mlflow_installed)
+    if tracking_uri is not None:
+        specs = tuple(MLflow(tracking_uri) if spec == MLflow() else spec for spec in specs)
+    notes = []
+    if environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true" and any(isinstance(s, OTLP) for s in specs):
+        specs = tuple(spec for spec in specs if not isinstance(spec, OTLP))
+        notes.append("nothing goes out by OTLP because OTEL_SDK_DISABLED=true")
+    destinations: list[dict[str, Any]] = []
+    secrets: dict[str, dict[str, Any]] = {}
+    for spec in specs:
+        destination, own = to_destination(spec, environ, cwd)
+        if any(destination["id"] == other["id"] for other in destinations):
+            continue
+        destinations.append(destination)
+        if own:
+            secrets[destination["id"]] = own
+        silent = [s for s in SIGNALS if s not in destination["spec"].get("signals", SIGNALS)]
+        if silent:
+            notes.append(f"{', '.join(silent)} not sent: no OTLP endpoint is set for them")
+    where = " and ".join(_shown(destination) for destination in destinations)
+    line = f"goes to {where} ({reason})" if destinations else f"stays in the spool ({reason})"
+    return Chosen(tuple(destinations), secrets, "; ".join([line, *notes]))
+
+
+def _from_environment(
+    tracking_uri: str | None, environ: Mapping[str, str], mlflow_installed: bool | None
+) -> tuple[tuple[Spec, ...], str]:
+    specs: list[Spec] = []
+    reasons = []
+    if tracking_uri is not None:
+        specs.append(MLflow(tracking_uri))
+        reasons.append("named by tracking_uri")
+    elif environ.get("MLFLOW_TRACKING_URI", "").strip():
+        specs.append(MLflow())
+        reasons.append("MLFLOW_TRACKING_URI")
+    if _signals(environ):
+        specs.append(OTLP(explicit=False))
+        names = [f"OTEL_EXPORTER_OTLP_{s}ENDPOINT" for s in ("", *(f"{signal.upper()}_" for signal in SIGNALS))]
+        reasons.append(next(name for name in names if environ.get(name, "").strip()))
+    if specs:
+        return tuple(specs), " and ".join(reasons)
+    if mlflow_installed is None:
+        # mlflow-skinny comes without SQLAlchemy, and can't open the local store.
+        mlflow_installed = _installed("mlflow") and _installed("sqlalchemy")
+    if mlflow_installed:
+        return (MLflow(),), "MLflow's local store: nothing else is named, and mlflow is installed"
+    return (), "no destination is named; set TRACELET_BACKEND, MLFLOW_TRACKING_URI or OTEL_EXPORTER_OTLP_ENDPOINT"
+
+
+def _installed(package: str) -> bool:
+    """Whether it can be imported, without importing it; a mere folder of that name (a namespace) doesn't count."""
+    if package in sys.modules:
+        return True
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
+
+
+def _shown(destination: Mapping[str, Any]) -> str:
+    spec = destination["spec"]
+    if destination["kind"] == "otlp":
+        named = spec["endpoint"] or next(
+            iter(v for n, v in spec["environment"].items() if n.endswith("ENDPOINT")), None
+        )
+        return f"OTLP at {named or 'its default address on localhost'}"
+    if destination["kind"] == "mlflow":
+        return f"MLflow at {spec['tracking_uri']}"
+    return f"the file {spec['path']}" if destination["kind"] == "file" else "the console"
