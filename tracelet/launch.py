@@ -99,11 +99,12 @@ def _environment(environ: Mapping[str, str]) -> dict[str, str]:
     return env
 
 
-def can_outlive(environ: Mapping[str, str], *, proc: Path = Path("/proc"), root: Path = Path("/")) -> str | None:
+def can_outlive(environ: Mapping[str, str], *, proc: Path = Path("/proc")) -> str | None:
     """None if a shipper goes on when the program ends, else the reason, in words, why it can't.
 
     A process of a PID namespace dies with its first one (a container), a batch system kills what a job leaves.
-    A container that shares the host's namespace is seen by the file its engine puts in the root folder.
+    Not seen: a container that shares the host's PID namespace. Its engine's `/.dockerenv` says nothing, since
+    virtual machines are made from the same images.
     """
     try:
         namespace = os.readlink(proc / "self/ns/pid")
@@ -111,9 +112,6 @@ def can_outlive(environ: Mapping[str, str], *, proc: Path = Path("/proc"), root:
         namespace = _INITIAL_PID_NAMESPACE  # no /proc: macOS, where there are no PID namespaces
     if namespace != _INITIAL_PID_NAMESPACE:
         return "this is a container or another PID namespace, which ends with its first process"
-    for marker in (".dockerenv", "run/.containerenv"):
-        if (root / marker).exists():
-            return f"this is a container (there is a file {root / marker}), which ends with its first process"
     for variable, system in _JOB_VARIABLES.items():
         if environ.get(variable):
             return f"this is a {system} job ({variable} is set), whose processes are killed at its end"
