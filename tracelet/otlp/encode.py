@@ -1,0 +1,261 @@
+"""Loads: what goes to an OTLP destination in one request each, able to become bytes and to be halved.
+
+A load holds one signal of one Resource. Points keep their columns until the bytes are asked for; everything else
+(log events, spans, the run's own gauges) is few, and is kept as protobuf messages. Bytes are made anew at each
+attempt, which is cheaper than keeping them and always gives the same.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tracelet.otlp import semconv
+from tracelet.otlp.encode_points import field, points_codec, wire_text
+from tracelet.records import PointBatch, Scalar
+
+if TYPE_CHECKING:
+    from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
+    from opentelemetry.proto.logs.v1.logs_pb2 import LogRecord
+    from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric
+    from opentelemetry.proto.trace.v1.trace_pb2 import Span
+
+__all__ = [
+    "SIGNALS",
+    "EventsLoad",
+    "Load",
+    "MetricsLoad",
+    "PointsLoad",
+    "SpansLoad",
+    "any_value",
+    "attributes",
+    "fitting",
+]
+
+SIGNALS = ("metrics", "traces", "logs")
+_INT64 = range(-(2**63), 2**63)
+
+
+class Load(Protocol):
+    """What goes out in one request."""
+
+    @property
+    def signal(self) -> str:
+        """One of `SIGNALS`."""
+        ...
+
+    def __len__(self) -> int:
+        """How many items: points, events, or spans."""
+        ...
+
+    def encode(self) -> bytes:
+        """The Export...ServiceRequest, uncompressed; the same bytes every time."""
+        ...
+
+    def halves(self) -> tuple[Load, Load]:
+        """The first and the second half of its items, for a load of at least two."""
+        ...
+
+    def describe(self, index: int) -> tuple[str, dict[str, Any]]:
+        """What item `index` is ("point", "event", "span") and enough of it (JSON) to log it again by hand."""
+        ...
+
+
+def any_value(value: Scalar) -> AnyValue:
+    """`value` as an OTLP AnyValue; an integer beyond int64, which OTLP lacks, as its decimal text."""
+    from opentelemetry.proto.common.v1.common_pb2 import AnyValue
+
+    if isinstance(value, bool):
+        return AnyValue(bool_value=value)
+    if isinstance(value, int):
+        return AnyValue(int_value=value) if value in _INT64 else AnyValue(string_value=str(value))
+    if isinstance(value, float):
+        return AnyValue(double_value=value)
+    return AnyValue(string_value=wire_text(str(value)))
+
+
+def attributes(values: Mapping[str, Scalar]) -> list[KeyValue]:
+    """`values` as OTLP attributes, in their order."""
+    from opentelemetry.proto.common.v1.common_pb2 import KeyValue
+
+    return [KeyValue(key=wire_text(key), value=any_value(value)) for key, value in values.items()]
+
+
+class ResourceBytes:
+    """One Resource, encoded once: all loads of a writer share it."""
+
+    __slots__ = ("attributes", "encoded")
+
+    def __init__(self, resource: Mapping[str, Scalar]) -> None:
+        from opentelemetry.proto.resource.v1.resource_pb2 import Resource
+
+        self.attributes = dict(resource)
+        self.encoded = field(1, Resource(attributes=attributes(resource)).SerializeToString())
+
+    def request(self, scope: str, items: bytes) -> bytes:
+        """An Export...ServiceRequest: the three signals number their fields alike, down to the items (2)."""
+        scoped = field(2, field(1, field(1, scope.encode())) + items)
+        return field(1, self.encoded + scoped + field(3, semconv.SCHEMA_URL.encode()))
+
+
+@dataclass(frozen=True, slots=True)
+class PointsLoad:
+    """The user's metric values of one writer, grouped by name."""
+
+    resource: ResourceBytes
+    points: PointBatch
+    signal: str = "metrics"
+
+    @classmethod
+    def of(cls, resource: ResourceBytes, points: PointBatch) -> PointsLoad:
+        """A load of `points` as they come from the shipper."""
+        return cls(resource, points_codec(len(points)).group(points))
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def encode(self) -> bytes:
+        """One request, one `Metric` for each name."""
+        return self.resource.request(semconv.SCOPE, points_codec(len(self.points)).metric_fields(self.points))
+
+    def halves(self) -> tuple[PointsLoad, PointsLoad]:
+        """Both halves, each still grouped by name."""
+        middle = len(self.points) // 2
+        return (
+            PointsLoad(self.resource, self.points.slice(0, middle)),
+            PointsLoad(self.resource, self.points.slice(middle, len(self.points))),
+        )
+
+    def describe(self, index: int) -> tuple[str, dict[str, Any]]:
+        """Name, iteration, value and time of one point."""
+        points = self.points
+        value = points.values[index]
+        return "point", {
+            "name": points.names[points.metric_ids[index]],
+            "iteration": points.iterations[index],
+            # JSON has no word for NaN and infinities.
+            "value": value if value - value == 0 else str(value),
+            "time_unix_nano": points.time_unix_nano[index],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class _MessagesLoad:
+    """Protobuf messages of one signal, Resource and scope."""
+
+    resource: ResourceBytes
+    items: tuple[Any, ...]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def _encoded(self, scope: str) -> bytes:
+        return self.resource.request(scope, b"".join(field(2, item.SerializeToString()) for item in self.items))
+
+
+@dataclass(frozen=True, slots=True)
+class MetricsLoad(_MessagesLoad):
+    """Points of scope `tracelet.run`, or end markers of the user's series: `Metric`s of one data point each."""
+
+    items: tuple[Metric, ...]
+    scope: str = semconv.RUN_SCOPE
+    signal: str = "metrics"
+
+    def encode(self) -> bytes:
+        """One request; points of one name become one `Metric`, as the data model asks."""
+        from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric
+
+        merged: dict[str, Metric] = {}
+        for item in self.items:
+            metric = merged.get(item.name)
+            if metric is None:
+                metric = merged[item.name] = Metric()
+                metric.CopyFrom(item)
+            else:
+                metric.MergeFrom(item)  # repeated fields are appended
+        return _MessagesLoad(self.resource, tuple(merged.values()))._encoded(self.scope)
+
+    def halves(self) -> tuple[MetricsLoad, MetricsLoad]:
+        """Both halves."""
+        middle = len(self.items) // 2
+        return (
+            MetricsLoad(self.resource, self.items[:middle], self.scope),
+            MetricsLoad(self.resource, self.items[middle:], self.scope),
+        )
+
+    def describe(self, index: int) -> tuple[str, dict[str, Any]]:
+        """The metric with its one point."""
+        return "point", _as_json(self.items[index])
+
+
+@dataclass(frozen=True, slots=True)
+class EventsLoad(_MessagesLoad):
+    """Log events."""
+
+    items: tuple[LogRecord, ...]
+    signal: str = "logs"
+
+    def encode(self) -> bytes:
+        """One ExportLogsServiceRequest."""
+        return self._encoded(semconv.SCOPE)
+
+    def halves(self) -> tuple[EventsLoad, EventsLoad]:
+        """Both halves."""
+        middle = len(self.items) // 2
+        return EventsLoad(self.resource, self.items[:middle]), EventsLoad(self.resource, self.items[middle:])
+
+    def describe(self, index: int) -> tuple[str, dict[str, Any]]:
+        """The event whole."""
+        return "event", _as_json(self.items[index])
+
+
+@dataclass(frozen=True, slots=True)
+class SpansLoad(_MessagesLoad):
+    """Ended spans."""
+
+    items: tuple[Span, ...]
+    signal: str = "traces"
+
+    def encode(self) -> bytes:
+        """One ExportTraceServiceRequest."""
+        return self._encoded(semconv.SCOPE)
+
+    def halves(self) -> tuple[SpansLoad, SpansLoad]:
+        """Both halves."""
+        middle = len(self.items) // 2
+        return SpansLoad(self.resource, self.items[:middle]), SpansLoad(self.resource, self.items[middle:])
+
+    def describe(self, index: int) -> tuple[str, dict[str, Any]]:
+        """The span whole."""
+        return "span", _as_json(self.items[index])
+
+
+def _as_json(message: Any) -> dict[str, Any]:
+    from tracelet.otlp.encode_json import message_dict
+
+    return message_dict(message)
+
+
+def fitting(load: Load, max_bytes: int = semconv.REQUEST_MAX_BYTES) -> Sequence[tuple[Load, bytes]]:
+    """`load` and its bytes, halved as often as it takes for each request to have at most `max_bytes`.
+
+    A single item that is larger still goes out alone: whether it passes is the destination's to say.
+    """
+    encoded = load.encode()
+    if len(encoded) <= max_bytes or len(load) < 2:
+        return ((load, encoded),)
+    first, second = load.halves()
+    return (*fitting(first, max_bytes), *fitting(second, max_bytes))
+
+
+@functools.lru_cache(maxsize=256)
+def _resource(key: tuple[tuple[str, Scalar, str], ...]) -> ResourceBytes:
+    return ResourceBytes({name: value for name, value, _ in key})
+
+
+def resource_bytes(resource: Mapping[str, Scalar]) -> ResourceBytes:
+    """The encoded Resource, made once for equal ones."""
+    # 1, 1.0 and True are equal as dictionary keys and different on the wire.
+    return _resource(tuple((name, value, type(value).__name__) for name, value in resource.items()))
