@@ -1,0 +1,221 @@
+"""A file of the run into MLflow's artifacts, under exactly the path it was logged as, whatever stands behind them.
+
+Through the tracking server's proxy it is streamed, to a folder it is copied and put in place at once; for a cloud
+store mlflow's own repositories are used, with a symbolic link that has the wanted name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import posixpath
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import BinaryIO
+from urllib.parse import quote, unquote, urlsplit
+
+from tracelet.exporters.base import Refusal
+from tracelet.exporters.mlflow.connection import Connection
+from tracelet.exporters.mlflow.limits import ARTIFACT_PATH_BYTES
+from tracelet.exporters.mlflow.rest import explain
+from tracelet.exporters.mlflow.transport import NotNow, Refused
+from tracelet.records import ArtifactLogged
+
+__all__ = ["ArtifactStore", "unsafe"]
+
+_PROXY = "/api/2.0/mlflow-artifacts/artifacts/"
+_CHUNK = 1 << 20
+
+
+class _Changed(Exception):
+    """The file is not what it was when it was logged."""
+
+
+class ArtifactStore:
+    """Where a run's files go. `connection` is the tracking server's, None for a database."""
+
+    def __init__(self, connection: Connection | None, environ: Mapping[str, str]) -> None:
+        self._connection = connection
+        self._environ = environ
+
+    def put(self, artifact_uri: str, folder: str, artifact: ArtifactLogged) -> Refusal | None:
+        """Store one logged file; None once it is there.
+
+        Raises:
+            NotNow: the store can't be reached, or wants something from a person.
+        """
+        facts = {"path": artifact.path, "source": artifact.source, "stored": artifact.stored, "size": artifact.size}
+        reason = unsafe(artifact.path)
+        if reason is not None:
+            return Refusal("artifact", reason, facts)
+        at = artifact.source if artifact.stored is None else os.path.join(folder, artifact.stored)
+        try:
+            with open(at, "rb") as file:
+                _Original(file, artifact, at).check()
+                self._store(artifact_uri, artifact.path, _Original(file, artifact, at))
+        except _Changed as changed:
+            return Refusal("artifact", str(changed), facts)
+        except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+            return Refusal("artifact", f"{at} can't be read any more: {error}", facts)
+        except Refused as no:
+            return Refusal("artifact", f"MLflow refuses {artifact.path!r}: {no}", facts)
+        return None
+
+    def put_text(self, artifact_uri: str, path: str, text: str) -> Refusal | None:
+        """Store `text` as a file of UTF-8; None once it is there."""
+        content = text.encode("utf-8", "backslashreplace")
+        try:
+            self._store(artifact_uri, path, _Text(content))
+        except Refused as no:
+            return Refusal("artifact", f"MLflow refuses {path!r}: {no}", {"path": path, "text": text})
+        return None
+
+    def _store(self, artifact_uri: str, path: str, original: _Original | _Text) -> None:
+        parts = urlsplit(artifact_uri)
+        if parts.scheme == "mlflow-artifacts" and self._connection is not None and not parts.netloc:
+            _through_proxy(self._connection, posixpath.join(parts.path.lstrip("/"), path), original)
+        elif parts.scheme in ("", "file"):
+            root = unquote(parts.path) if parts.scheme else artifact_uri
+            _into_folder(Path(root), path, original)
+        else:
+            _by_mlflow(artifact_uri, path, original)
+
+
+def unsafe(path: str) -> str | None:
+    """Why `path` can't name a file inside the run's artifacts, or None if it can."""
+    if not path or path != posixpath.normpath(path) or path.startswith(("/", "..")) or path == ".":
+        return f"the artifact path {path!r} leaves the run's folder or is not plain: use one such as 'models/best.pt'"
+    if "\x00" in path or any(len(part.encode("utf-8", "replace")) > ARTIFACT_PATH_BYTES for part in path.split("/")):
+        return f"the artifact path {path[:80]!r} has a part that no file system takes (over 255 bytes, or a NUL)"
+    return None
+
+
+class _Original:
+    """An open file that is compared with what was logged of it, before and after it is sent."""
+
+    def __init__(self, file: BinaryIO, artifact: ArtifactLogged, at: str) -> None:
+        self.file = file
+        self.at = at
+        self.size = artifact.size
+        self._artifact = artifact
+
+    def check(self) -> None:
+        artifact, now = self._artifact, os.stat(self.at)
+        ours = artifact.stored is not None
+        if now.st_size != artifact.size:
+            raise _Changed(f"{self.at} has {now.st_size} bytes, but had {artifact.size} when it was logged")
+        if not ours and (
+            (artifact.mtime_ns is not None and now.st_mtime_ns != artifact.mtime_ns)
+            or (artifact.inode is not None and now.st_ino != artifact.inode)
+        ):
+            raise _Changed(
+                f"{self.at} has changed since it was logged (it was taken as a reference: log_artifact(..., copy=True)"
+                " keeps a copy)"
+            )
+
+    def digest(self) -> None:
+        """Compare the bytes with the digest taken at the call; leaves the file at its start."""
+        if self._artifact.sha256 is not None:
+            self.file.seek(0)
+            digest = hashlib.sha256()
+            while piece := self.file.read(_CHUNK):
+                digest.update(piece)
+            self.compare(digest.hexdigest())
+        self.file.seek(0)
+
+    def compare(self, sha256: str) -> None:
+        if self._artifact.sha256 is not None and sha256 != self._artifact.sha256:
+            raise _Changed(f"{self.at} is damaged: its sha256 is {sha256}, but was {self._artifact.sha256} when logged")
+
+
+class _Text:
+    """A text of ours as if it were a file."""
+
+    def __init__(self, content: bytes) -> None:
+        self.file: BinaryIO = io.BytesIO(content)
+        self.size = len(content)
+        self.at = ""
+
+    def check(self) -> None: ...
+
+    def digest(self) -> None:
+        self.file.seek(0)
+
+    def compare(self, sha256: str) -> None: ...
+
+
+def _through_proxy(connection: Connection, path: str, original: _Original | _Text) -> None:
+    original.digest()
+    address = _PROXY + quote(path, safe="/")
+    kind = "application/octet-stream"
+    reply = connection.request("PUT", address, stream=(original.file, original.size), content_type=kind)
+    if reply.status != 200:
+        raise explain(reply, connection)
+    try:
+        original.check()
+    except _Changed:
+        connection.request("DELETE", address)  # a mixture of two states is nobody's file
+        raise
+
+
+def _into_folder(root: Path, path: str, original: _Original | _Text) -> None:
+    target = root / path
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=".tracelet-", dir=target.parent)
+        try:
+            with os.fdopen(handle, "wb") as out:
+                original.file.seek(0)
+                digest = hashlib.sha256()
+                while piece := original.file.read(_CHUNK):
+                    digest.update(piece)
+                    out.write(piece)
+            original.compare(digest.hexdigest())
+            original.check()
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, target)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        loud = not isinstance(error, FileNotFoundError)
+        raise NotNow(f"can't write the artifact {target}: {error}", loud=loud) from error
+
+
+def _umask() -> int:
+    """This process's umask, without changing it (os.umask can only be read by setting it)."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
+    except (OSError, ValueError):
+        pass
+    return 0o022
+
+
+def _by_mlflow(artifact_uri: str, path: str, original: _Original | _Text) -> None:
+    from tracelet.exporters.mlflow.store import artifact_repository
+
+    original.digest()
+    scratch = tempfile.mkdtemp(prefix="tracelet-")
+    try:
+        named = os.path.join(scratch, posixpath.basename(path))
+        if original.at:
+            os.symlink(os.path.abspath(original.at), named)
+        else:
+            Path(named).write_bytes(original.file.read())
+        repository = artifact_repository(artifact_uri)
+        try:
+            repository.log_artifact(named, posixpath.dirname(path) or None)
+            original.check()
+        except _Changed:
+            repository.delete_artifacts(path)
+            raise
+        except Exception as error:
+            # The stores' SDKs raise what they like; all of it means that the file is not there yet.
+            raise NotNow(f"can't store the artifact {path!r} at {urlsplit(artifact_uri).scheme}: {error}") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

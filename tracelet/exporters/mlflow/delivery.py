@@ -1,0 +1,354 @@
+"""One batch on its way to MLflow, step by step: the run, params, tags, metrics, artifacts, the end.
+
+Each step is remembered once done, so a later attempt goes on where this one stopped. Metric rows are the one thing
+that must never be sent while they may be stored (one stored row makes MLflow compare the whole batch with the whole
+run: 19 s at a million rows); after an unclear answer or a restart their witness is looked up first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tracelet.exporters.base import Answer, Delivered, Refusal, Rejected, RetryLater
+from tracelet.exporters.mlflow.artifacts import ArtifactStore
+from tracelet.exporters.mlflow.limits import PARAMS_PER_REQUEST, REQUEST_BYTES, RUN_NAME_CHARS, TAGS_PER_REQUEST
+from tracelet.exporters.mlflow.mapping import (
+    ATTEMPT_TAG,
+    RUN_TAG,
+    Plan,
+    attempt_mark,
+    attempt_start,
+    changed_param_tag,
+    comparable,
+    highest,
+    legal_tags,
+    marker_row,
+    metric_rows,
+    plan_of,
+    witness_of,
+)
+from tracelet.exporters.mlflow.names import capped, encodable
+from tracelet.exporters.mlflow.transport import Latest, MetricRow, NotNow, Refused, RunView, Transport, Unclear
+from tracelet.records import FAILED, FINISHED, KILLED, RUNNING, Batch, Part, RunInfo, RunStarted
+
+__all__ = ["MLflowDelivery", "RunState"]
+
+_PATIENCE_S = 10.0  # before asking what became of a request without an answer: the server may still be at it
+
+
+class RunState:
+    """What this process knows of the run in MLflow: read at open, then kept up by what is sent."""
+
+    def __init__(self, info: RunInfo, experiment_id: str, view: RunView | None) -> None:
+        self.info = info
+        self.experiment_id = experiment_id
+        self.view: RunView | None = None
+        self.latest: dict[str, Latest] = {}
+        self.params: dict[str, str] = {}
+        self.tags: dict[str, str] = {}
+        self.create_is_unclear = False
+        if view is not None:
+            self.learn(view)
+
+    def learn(self, view: RunView) -> None:
+        """Take over what MLflow says."""
+        self.view = view
+        self.latest = dict(view.latest)
+        self.params = dict(view.params)
+        self.tags = dict(view.tags)
+
+    def stored(self, rows: Sequence[MetricRow]) -> None:
+        """These rows are in MLflow now."""
+        for key, (order, _) in highest(rows).items():
+            if key not in self.latest or order > self.latest[key]:
+                self.latest[key] = order
+
+
+class MLflowDelivery:
+    """See `exporters.base.Delivery`."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        artifacts: ArtifactStore,
+        state: RunState,
+        batch: Batch,
+        note: Mapping[str, Any] | None,
+    ) -> None:
+        self._transport = transport
+        self._artifacts = artifacts
+        self._state = state
+        self._batch = batch
+        self._refusals: list[Refusal] = []
+        self._rows = metric_rows(batch)
+        self._note = dict(note) if note is not None else self._make_note()
+        if self._note.get("marker"):
+            self._rows.append(marker_row(batch, self._rows))
+        self._unclear = note is not None  # whether the first of the chunks may be stored already
+        self._chunks = [self._rows] if self._rows else []
+        self._plan: Plan | None = None
+        self._to_do: list[Callable[[Plan], None]] = [
+            self._send_params,
+            self._send_tags,
+            self._send_metrics,
+            self._send_artifacts,
+            self._send_end,
+        ]
+
+    @property
+    def note(self) -> Mapping[str, Any]:
+        """{"witness": [key, step, ms], "marker": whether that is a row of our own}, or {} without points."""
+        return self._note
+
+    def attempt(self) -> Answer:
+        """Go on with what is left; see `exporters.base.Delivery`."""
+        try:
+            if self._plan is None:
+                self._plan = self._prepare()
+            while self._to_do:
+                self._to_do[0](self._plan)
+                del self._to_do[0]
+        except NotNow as error:
+            return RetryLater(error.reason, error.after_s, error.loud)
+        return Rejected(tuple(self._refusals)) if self._refusals else Delivered()
+
+    def _make_note(self) -> dict[str, Any]:
+        if not self._rows:
+            return {}
+        witness = witness_of(self._rows, self._state.latest)
+        row = witness or marker_row(self._batch, self._rows)
+        return {"witness": [row[0], row[3], row[2]], "marker": witness is None}
+
+    # ---- the run -------------------------------------------------------------------------------------------------
+
+    def _prepare(self) -> Plan:
+        part, started = _first_part(self._batch)
+        state = self._state
+        if state.view is None:
+            self._make_run(part, started)
+        elif started is not None:
+            self._resume(state.view, part)
+        plan = plan_of(self._batch, self._rows, state.params, state.tags)
+        self._refusals.extend(plan.refusals)
+        return plan
+
+    def _make_run(self, part: Part, started: RunStarted | None) -> None:
+        state, transport = self._state, self._transport
+        if state.create_is_unclear:
+            runs = transport.runs_with_tag(state.experiment_id, RUN_TAG, state.info.run_id)
+            found = transport.run(runs[0].run_id) if runs else None
+            state.create_is_unclear = False
+            if found is not None:
+                state.learn(found)
+                return
+        own = dict(started.mlflow_tags) if started is not None else {}
+        own.pop("mlflow.runName", None)  # MLflow sets it from the run's name, and refuses two that differ
+        tags = {**legal_tags(own), RUN_TAG: state.info.run_id, ATTEMPT_TAG: attempt_mark(part.opened)}
+        name = encodable(started.run_name if started is not None else state.info.run_name)
+        try:
+            made = transport.create_run(
+                state.experiment_id,
+                own.get("mlflow.user", "unknown"),
+                part.opened.attempt_started_unix_nano // 1_000_000,
+                capped(name, RUN_NAME_CHARS),
+                tags,
+            )
+        except Unclear:
+            state.create_is_unclear = True
+            raise
+        except Refused as no:
+            raise NotNow(f"MLflow refuses to create a run in experiment {state.experiment_id}: {no}", loud=True) from no
+        state.learn(made)
+        self._unclear = False  # a new run holds nothing of this batch
+
+    def _resume(self, view: RunView, part: Part) -> None:
+        """A new attempt of a known run: RUNNING again, as start_run(run_id=...) does; an old one changes nothing."""
+        if attempt_start(self._state.tags.get(ATTEMPT_TAG)) >= part.opened.attempt_started_unix_nano:
+            return
+        mark = attempt_mark(part.opened)
+        try:
+            self._transport.update_run(view.run_id, RUNNING, None)
+            self._transport.log_tags(view.run_id, [(ATTEMPT_TAG, mark)])
+        except Refused as no:
+            self._check_run(no)
+            raise NotNow(f"MLflow refuses to resume run {view.run_id}: {no}", loud=True) from no
+        self._state.tags[ATTEMPT_TAG] = mark
+
+    @property
+    def _run_id(self) -> str:
+        if self._state.view is None:
+            raise RuntimeError("a step ran before the run was made")
+        return self._state.view.run_id
+
+    def _check_run(self, no: Refused) -> RunView:
+        """The run as it is now; a deleted or vanished one is the reason for `no`, and nothing to bisect."""
+        view = self._transport.run(self._run_id)
+        if view is None or view.deleted:
+            what = "is gone from" if view is None else "is deleted in"
+            raise NotNow(
+                f"run {self._run_id} {what} MLflow ({no}): restore it (`mlflow runs restore --run-id {self._run_id}`);"
+                " the data waits in the spool",
+                loud=True,
+            ) from no
+        return view
+
+    # ---- params and tags -----------------------------------------------------------------------------------------
+
+    def _send_params(self, plan: Plan) -> None:
+        while plan.params:
+            self._send_pairs(_chunk(plan.params, PARAMS_PER_REQUEST), plan.params, self._send_params_once, plan)
+
+    def _send_tags(self, plan: Plan) -> None:
+        while plan.tags:
+            self._send_pairs(_chunk(plan.tags, TAGS_PER_REQUEST), plan.tags, self._send_tags_once, plan)
+
+    def _send_params_once(self, pairs: Sequence[tuple[str, str]]) -> None:
+        self._transport.log_params(self._run_id, pairs)
+        self._state.params.update(pairs)
+
+    def _send_tags_once(self, pairs: Sequence[tuple[str, str]]) -> None:
+        self._transport.log_tags(self._run_id, pairs)
+        self._state.tags.update(pairs)
+
+    def _send_pairs(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        waiting: dict[str, str],
+        send: Callable[[Sequence[tuple[str, str]]], None],
+        plan: Plan,
+    ) -> None:
+        try:
+            send(pairs)
+        except Refused as no:
+            if len(pairs) > 1:
+                self._check_run(no)
+                middle = len(pairs) // 2
+                self._send_pairs(pairs[:middle], waiting, send, plan)
+                self._send_pairs(pairs[middle:], waiting, send, plan)
+                return
+            self._settle_refused(pairs[0], waiting is plan.params, plan, no)
+        for key, _ in pairs:
+            waiting.pop(key, None)
+
+    def _settle_refused(self, pair: tuple[str, str], is_param: bool, plan: Plan, no: Refused) -> None:
+        key, value = pair
+        stored = self._check_run(no).params.get(key) if is_param else None
+        if stored is None:
+            self._refusals.append(Refusal("param" if is_param else "tag", str(no), {"key": key, "value": value}))
+            return
+        # Somebody else (a user's mlflow.log_param, another host) was first; MLflow keeps that, ours becomes a tag.
+        self._state.params[key] = stored
+        if stored != value:
+            plan.tags.setdefault(changed_param_tag(key), value)
+
+    # ---- metrics -------------------------------------------------------------------------------------------------
+
+    def _send_metrics(self, plan: Plan) -> None:
+        while self._chunks:
+            rows = self._chunks[0]
+            if self._unclear and self._is_stored(rows):
+                self._chunk_done()
+                continue
+            self._unclear = False
+            try:
+                self._transport.log_metrics(self._run_id, rows)
+            except Unclear as error:
+                self._unclear = True
+                error.after_s = _PATIENCE_S if error.after_s is None and error.may_be_running else error.after_s
+                raise
+            except Refused as no:
+                self._check_run(no)
+                self._split(rows, no)
+                continue
+            self._chunk_done()
+
+    def _chunk_done(self) -> None:
+        self._state.stored(self._chunks.pop(0))
+        self._unclear = False
+
+    def _is_stored(self, rows: Sequence[MetricRow]) -> bool:
+        """Whether `rows` arrived, by their witness: metrics and latest values commit together."""
+        witness = self._witness_in(rows)
+        view = self._transport.run(self._run_id)
+        if view is None or witness is None:
+            return False  # without a witness (parts of a split batch) a repeat only costs time
+        self._state.latest = dict(view.latest)
+        key, value, ms, step = witness
+        held = view.latest.get(key)
+        ours = (step, ms, comparable(value))
+        if held is None or held < ours:
+            return False
+        # Higher than ours: somebody else wrote this key (MLflow's own client, another host). Look for the row itself.
+        return held == ours or self._transport.has_metric_row(self._run_id, witness)
+
+    def _witness_in(self, rows: Sequence[MetricRow]) -> MetricRow | None:
+        key, step, ms = self._note.get("witness", (None, 0, 0))
+        for row in rows:
+            if (row[0], row[3], row[2]) == (key, step, ms):
+                return row
+        return None
+
+    def _split(self, rows: list[MetricRow], no: Refused) -> None:
+        """Halve refused rows until the bad ones stand alone; the witness goes last, so that it speaks for all."""
+        if len(rows) == 1:
+            key, value, ms, step = rows[0]
+            facts = {"key": key, "value": value, "timestamp_ms": ms, "step": step}
+            self._refusals.append(Refusal("point", str(no), facts))
+            del self._chunks[0]
+            return
+        witness = self._witness_in(rows)
+        ordered = [row for row in rows if row is not witness] + ([witness] if witness is not None else [])
+        middle = len(ordered) // 2
+        self._chunks[:1] = [ordered[:middle], ordered[middle:]]
+
+    # ---- artifacts and the end -----------------------------------------------------------------------------------
+
+    def _send_artifacts(self, plan: Plan) -> None:
+        uri = self._state.view.artifact_uri if self._state.view is not None else ""
+        while plan.texts:
+            path, text = next(iter(plan.texts.items()))
+            self._refuse(self._artifacts.put_text(uri, path, text))
+            del plan.texts[path]
+        while plan.artifacts:
+            self._refuse(self._artifacts.put(uri, self._batch.folder, plan.artifacts[0]))
+            del plan.artifacts[0]
+
+    def _refuse(self, refusal: Refusal | None) -> None:
+        if refusal is not None:
+            self._refusals.append(refusal)
+
+    def _send_end(self, plan: Plan) -> None:
+        ended = plan.ended
+        if ended is None or not ended.newest or ended.status not in (FINISHED, FAILED, KILLED):
+            return
+        part, _ = _first_part(self._batch)
+        view = self._transport.run(self._run_id)
+        if view is not None and attempt_start(view.tags.get(ATTEMPT_TAG)) > part.opened.attempt_started_unix_nano:
+            return  # a newer attempt, shipped from elsewhere, has the run now
+        try:
+            self._transport.update_run(self._run_id, ended.status, ended.end_unix_nano // 1_000_000)
+        except Refused as no:
+            self._check_run(no)
+            self._refusals.append(Refusal("event", str(no), {"status": ended.status, "end": ended.end_unix_nano}))
+
+
+def _first_part(batch: Batch) -> tuple[Part, RunStarted | None]:
+    """The part that holds RunStarted and that record, else the first part."""
+    for part in batch.parts:
+        for record in part.records:
+            if isinstance(record, RunStarted):
+                return part, record
+    return batch.parts[0], None
+
+
+def _chunk(pairs: Mapping[str, str], most: int) -> list[tuple[str, str]]:
+    """The first pairs, at most `most` and of at most REQUEST_BYTES together (at least one)."""
+    chosen: list[tuple[str, str]] = []
+    size = 0
+    for key, value in pairs.items():
+        size += 32 + len(key.encode()) + len(value.encode())
+        if len(chosen) == most or (chosen and size > REQUEST_BYTES):
+            break
+        chosen.append((key, value))
+    return chosen

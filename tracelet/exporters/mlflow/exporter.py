@@ -1,0 +1,159 @@
+"""The MLflow destination: finds or makes the run, keeps what is known of it, and hands out deliveries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from tracelet.backends import tracking_uri, without_credentials
+from tracelet.errors import ConfigError
+from tracelet.exporters.base import Answer, Delivered, Delivery, RetryLater
+from tracelet.exporters.mlflow.artifacts import ArtifactStore
+from tracelet.exporters.mlflow.connection import Connection
+from tracelet.exporters.mlflow.delivery import MLflowDelivery, RunState
+from tracelet.exporters.mlflow.limits import POINTS_PER_BATCH
+from tracelet.exporters.mlflow.mapping import RUN_TAG
+from tracelet.exporters.mlflow.rest import RestTransport
+from tracelet.exporters.mlflow.transport import NotNow, Refused, RunView, Transport
+from tracelet.records import Batch, Heartbeat, RunInfo
+
+__all__ = ["MLflowExporter"]
+
+_DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+
+
+class MLflowExporter:
+    """One run in one MLflow.
+
+    `spec`: {"tracking_uri": absolute, without credentials; "artifact_root": folder for artifacts of a database's new
+    experiments}. `secrets`: {"tracking_uri": the address with credentials}, or {} if it has none.
+
+    Guarantees: a batch of points is stored whole or not at all, and is never sent again while it may be stored; params
+    and tags are set again without effect; artifacts are replaced by themselves.
+
+    Raises:
+        ConfigError: an address that is neither http(s) nor a database's.
+    """
+
+    max_points = POINTS_PER_BATCH
+    linger_s = 1.0
+    rising_limit_s: float | None = None  # a row's key is (key, ms, step, value): equal values need their own ms
+
+    def __init__(self, spec: Mapping[str, Any], secrets: Mapping[str, Any], environ: Mapping[str, str]) -> None:
+        self._public_uri = str(spec["tracking_uri"])
+        self._spec = spec
+        self._uri = _with_credentials(spec, secrets, environ)
+        self._transport, self._connection = _transport(self._uri, spec, environ)
+        self._artifacts = ArtifactStore(self._connection, environ)
+        self._run: RunState | None = None
+
+    def open(self, run: RunInfo, memory: Mapping[str, Any]) -> Answer:
+        """Find the experiment, and the run if it was made before; the run is made with the first batch."""
+        try:
+            self._run = self._find(run, memory)
+        except NotNow as error:
+            return RetryLater(error.reason, error.after_s, error.loud)
+        except Refused as no:
+            return RetryLater(f"MLflow refuses to open experiment {run.project!r}: {no}", loud=True)
+        return Delivered()
+
+    def memory(self) -> Mapping[str, Any]:
+        """{"run_id", "experiment_id", "artifact_uri", "link"} once the run exists; before, {}."""
+        view = self._run.view if self._run is not None else None
+        if view is None:
+            return {}
+        return {
+            "run_id": view.run_id,
+            "experiment_id": view.experiment_id,
+            "artifact_uri": without_credentials(view.artifact_uri),
+            "link": self._link(view),
+        }
+
+    def begin(self, batch: Batch, note: Mapping[str, Any] | None = None) -> Delivery:
+        """`open` has to have answered `Delivered` before."""
+        if self._run is None:
+            raise RuntimeError("begin() before open() was answered with Delivered")
+        return MLflowDelivery(self._transport, self._artifacts, self._run, batch, note)
+
+    def beat(self, batch: Batch, heartbeat: Heartbeat) -> None:
+        """Nothing: MLflow has no sign of life, and a tag every 30 s would be a row's rewrite for nobody."""
+
+    def close(self) -> None:
+        """Let the connection or the database go."""
+        self._transport.close()
+
+    def _find(self, run: RunInfo, memory: Mapping[str, Any]) -> RunState:
+        name = run.project
+        found = self._transport.experiment_by_name(name)
+        if found is None:
+            self._transport.create_experiment(name)
+            found = self._transport.experiment_by_name(name)
+        if found is None:
+            raise NotNow(f"MLflow created experiment {name!r} but doesn't find it by its name")
+        if found.deleted:
+            raise NotNow(
+                f"the MLflow experiment {name!r} (id {found.experiment_id}) is deleted: restore it (`mlflow experiments"
+                f" restore -x {found.experiment_id}`) or remove it for good; the data waits in the spool",
+                loud=True,
+            )
+        view = self._known(run, memory, found.experiment_id)
+        if view is not None and view.deleted:
+            raise NotNow(
+                f"the MLflow run {view.run_id} is deleted: restore it (`mlflow runs restore --run-id {view.run_id}`);"
+                " the data waits in the spool",
+                loud=True,
+            )
+        return RunState(run, found.experiment_id, view)
+
+    def _known(self, run: RunInfo, memory: Mapping[str, Any], experiment_id: str) -> RunView | None:
+        known = memory.get("run_id")
+        if known is not None:
+            view = self._transport.run(known)
+            if view is None:
+                raise NotNow(
+                    f"MLflow at {self._public_uri} no longer has run {known}, to which earlier data of this run went;"
+                    " is it the right server and database? The data waits in the spool",
+                    loud=True,
+                )
+            return view
+        runs = self._transport.runs_with_tag(experiment_id, RUN_TAG, run.run_id)
+        return self._transport.run(runs[0].run_id) if runs else None
+
+    def _link(self, view: RunView) -> str:
+        if self._connection is not None:
+            return f"{self._public_uri.rstrip('/')}/#/experiments/{view.experiment_id}/runs/{view.run_id}"
+        return f"mlflow ui --backend-store-uri {self._public_uri}"
+
+
+def _with_credentials(spec: Mapping[str, Any], secrets: Mapping[str, Any], environ: Mapping[str, str]) -> str:
+    """The full address: the shipper's secrets know it, else the environment of who ships later may."""
+    uri = tracking_uri({"spec": spec}, secrets)
+    own = environ.get("MLFLOW_TRACKING_URI", "").strip()
+    if uri == spec["tracking_uri"] and own and without_credentials(own).rstrip("/") == uri.rstrip("/"):
+        return own
+    return uri
+
+
+def _transport(uri: str, spec: Mapping[str, Any], environ: Mapping[str, str]) -> tuple[Transport, Connection | None]:
+    parts = urlsplit(uri)
+    scheme = parts.scheme.lower()
+    if scheme in ("http", "https"):
+        given = {"username": unquote(parts.username or ""), "password": unquote(parts.password or "")}
+        connection = Connection(without_credentials(uri), given, environ)
+        return RestTransport(connection), connection
+    if scheme.partition("+")[0] in _DATABASES:
+        from tracelet.exporters.mlflow.store import DatabaseTransport
+
+        return DatabaseTransport(uri, spec.get("artifact_root")), None
+    shown = without_credentials(uri)
+    raise ConfigError(
+        f"tracking_uri {shown!r} can't be used: tracelet writes to an MLflow server (http://, https://) or a database"
+        f" ({', '.join(f'{name}://' for name in _DATABASES)})"
+        + ("; MLflow's file store has had its day, sqlite:///mlflow.db takes its place" if _is_file(scheme) else ""),
+        tracking_uri=shown,
+    )
+
+
+def _is_file(scheme: str) -> bool:
+    return scheme in ("", "file")
