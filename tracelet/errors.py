@@ -3,6 +3,7 @@
     TraceletError
     ├── ConfigError             a setting, argument or address that can't be right
     ├── InvalidValue            a value, name, iteration or param that can't be logged (also a ValueError)
+    │   └── FileMissing         a file to be logged that isn't there (also a FileNotFoundError)
     ├── RunClosed               a call on a run that has been stopped
     ├── SpoolError              the spool folder can't be used
     │   ├── SpoolFull           no room: the disk, or TRACELET_MAX_BYTES
@@ -18,6 +19,7 @@ from __future__ import annotations
 __all__ = [
     "ConfigError",
     "ExportError",
+    "FileMissing",
     "IntegrationUnavailable",
     "InvalidValue",
     "RunClosed",
@@ -58,6 +60,10 @@ class ConfigError(TraceletError):
 
 class InvalidValue(TraceletError, ValueError):
     """A value, name, iteration or param that can't be logged; nothing was written, the run goes on."""
+
+
+class FileMissing(InvalidValue, FileNotFoundError):
+    """A file or folder to be logged that isn't there; nothing was written, the run goes on."""
 
 
 class RunClosed(TraceletError):

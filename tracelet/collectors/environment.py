@@ -144,7 +144,7 @@ def take(
         **_job(environ),
     }
     given = {name: value for name, value in attributes.items() if value is not None}
-    tags = _mlflow_tags(environ, cwd, script, argv, git, loaded)
+    tags = _mlflow_tags(environ, cwd, argv, git, loaded)
     return Surroundings(_clean(given), {key: str(value) for key, value in _clean(tags).items()})
 
 
@@ -295,26 +295,22 @@ def _script_folder(script: str, cwd: Path) -> Path | None:
 
 
 def _in_environment(path: Path) -> bool:
-    return any(path.is_relative_to(prefix) for prefix in {sys.prefix, sys.base_prefix} - {"/", "/usr"}) or (
-        "site-packages" in path.parts or path.parent in (Path("/usr/bin"), Path("/usr/local/bin"))
-    )
+    return any(
+        path.is_relative_to(prefix) for prefix in {sys.prefix, sys.base_prefix} - {"/", "/usr", "/usr/local"}
+    ) or ("site-packages" in path.parts or path.parent in (Path("/usr/bin"), Path("/usr/local/bin")))
 
 
 # ---- MLflow's own tags -------------------------------------------------------------------------------------------
 
 
 def _mlflow_tags(
-    environ: Mapping[str, str],
-    cwd: Path,
-    script: str,
-    argv: Sequence[str],
-    git: Git,
-    modules: Mapping[str, object],
+    environ: Mapping[str, str], cwd: Path, argv: Sequence[str], git: Git, modules: Mapping[str, object]
 ) -> dict[str, Scalar]:
     """What mlflow.tracking.context's default, git, notebook and environment providers would set, in their order.
 
     Not: Databricks, and providers that other packages add; these need mlflow imported.
     """
+    script = argv[0] if argv else ""
     tags: dict[str, Scalar] = {
         "mlflow.user": _mlflow_user(environ) or _user(environ),
         "mlflow.source.name": script or "<console>",
