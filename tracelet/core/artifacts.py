@@ -119,7 +119,7 @@ def destination(path: str | os.PathLike[str]) -> str:
         except UnicodeEncodeError:
             reason = "holds half a character (a lone surrogate)"
     if reason is not None:
-        raise InvalidValue(f"an artifact's path {ascii(text)} {reason}", name=text)
+        raise InvalidValue(f"an artifact's path {text!a} {reason}", name=text)
     normal = posixpath.normpath(text)
     return "" if normal == "." else normal
 
@@ -130,7 +130,7 @@ def _files(source: str, path: str | os.PathLike[str] | None) -> Iterator[_File]:
     except (FileNotFoundError, NotADirectoryError):
         raise FileMissing(f"there is no file or folder {source}", path=source) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in it
-        raise InvalidValue(f"artifact {ascii(source)} can't be read: {error}", path=source) from error
+        raise InvalidValue(f"artifact {source!a} can't be read: {error}", path=source) from error
     name = _legal(os.path.basename(source)) or "root"
     if stat.S_ISDIR(status.st_mode):
         prefix = name if path is None else destination(path)
