@@ -8,6 +8,7 @@ VENV := .venv
 PYTHON ?=
 RUN := $(VENV)/bin/python -m
 export PYTHON
+export NO_MKDOCS_2_WARNING := 1
 
 .PHONY: help demo test check format docs bench clean
 .DEFAULT_GOAL := help

@@ -1,0 +1,60 @@
+"""Writes what the reference pages take from the code: settings and commands; `--check` only says whether it is right."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from tracelet.cli.main import EXIT_CODES, parser
+from tracelet.settings import SETTINGS
+
+REFERENCE = Path(__file__).parents[1] / "docs" / "reference"
+BEGIN, END = "<!-- made by scripts/reference_pages.py -->\n", "<!-- end of what is made -->\n"
+
+
+def settings() -> str:
+    """The table of all settings."""
+    rows = ["| variable | in code and pyproject.toml | what it is for | default |", "|---|---|---|---|"]
+    for setting in SETTINGS:
+        variable = f"`{setting.env}`" if setting.env else "(none)"
+        rows.append(f"| {variable} | `{setting.name}` | {setting.doc} | {setting.default} |")
+    return "\n".join(rows) + "\n"
+
+
+def commands() -> str:
+    """A section for each command, as its `--help` has it, and the exit codes."""
+    os.environ["COLUMNS"] = "100"  # argparse wraps its help at the terminal's width
+    parts = []
+    for action in parser()._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, command in action.choices.items():
+                help_text = command.format_help().strip()
+                parts.append(f"## tracelet {name}\n\n```text\n{help_text}\n```\n")
+    rows = ["| exit code | meaning |", "|---|---|", *(f"| {code} | {text} |" for code, text in EXIT_CODES.items())]
+    return "\n".join(parts) + "\n## Exit codes\n\n" + "\n".join(rows) + "\n"
+
+
+def with_made(text: str, made: str) -> str:
+    """The page with what is made today."""
+    before, _, rest = text.partition(BEGIN)
+    return before + BEGIN + "\n" + made + "\n" + END + rest.partition(END)[2]
+
+
+def main() -> int:
+    """0 if the pages are, or have been put, right."""
+    wrong = 0
+    for name, made in (("settings.md", settings()), ("commands.md", commands())):
+        page = REFERENCE / name
+        text = page.read_text()
+        new = with_made(text, made)
+        if new != text:
+            wrong = 1
+            if "--check" not in sys.argv:
+                page.write_text(new)
+    return wrong if "--check" in sys.argv else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
