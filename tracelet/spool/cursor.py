@@ -1,0 +1,337 @@
+"""The cursor of a destination: its journal (written by the shipper) and its progress (followed by anybody else)."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tracelet.errors import SpoolError
+from tracelet.spool.journal import FORMAT, Intent, State, intent_to_json, line, parse
+from tracelet.spool.points import Address
+from tracelet.spool.reader import Position, SlotRange
+from tracelet.spool.store import MANIFEST, read_manifest
+
+__all__ = ["DestinationProgress", "Intent", "Journal", "Progress", "journal_name"]
+
+_COMPACT_AT = 4 * 2**20
+_COMPACT_RATIO = 4
+
+
+def journal_name(destination_id: str) -> str:
+    """The file name of a destination's journal."""
+    return f"journal-{destination_id}"
+
+
+class Journal:
+    """What one destination was sent, in append-only lines; the write-ahead log of its cursor.
+
+    The order of work: `intend` (before anything leaves), then the sending, then `ack`. After a restart `pending` is
+    the batch whose answer nobody heard, and `positions` and `stamps` are those from before it, so that the same batch
+    can be made again, bit for bit. Used by one thread of the one shipper that holds the folder.
+
+    Durability: a line survives the death of the process when its call returns.
+    """
+
+    def __init__(self, folder: Path, destination_id: str, *, clock: Callable[[], float] = time.time) -> None:
+        """Open or make the journal; cuts off what a death left of a last line.
+
+        Raises:
+            SpoolFormatError: it is of a format this release doesn't know.
+        """
+        self._path = folder / journal_name(destination_id)
+        self._destination = destination_id
+        self._clock = clock
+        self._state = State()
+        self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            self._size = self._load()
+            if self._size == 0:
+                self._append("journal", {"format": FORMAT, "destination": destination_id})
+        except BaseException:
+            os.close(self._fd)
+            raise
+        self._compact_at = _COMPACT_AT
+
+    def _load(self) -> int:
+        with open(self._fd, "rb", closefd=False) as file:
+            data = file.read()
+        good = start = 0
+        while (end := data.find(b"\n", start)) >= 0:
+            parsed = parse(data[start:end])
+            start = end + 1
+            if parsed is not None:
+                self._state.apply(*parsed)
+                good = start
+        if good < len(data):
+            os.ftruncate(self._fd, good)
+        return good
+
+    # ---- what stands there ------------------------------------------------------------------------------------
+
+    @property
+    def positions(self) -> dict[str, Position]:
+        """By writer: where this destination stands, without the pending batch."""
+        return self._state.positions
+
+    @property
+    def stamps(self) -> dict[str, tuple[int, int]]:
+        """By series: last and highest millisecond given, without the pending batch."""
+        return self._state.stamps
+
+    @property
+    def pending(self) -> Intent | None:
+        """The batch that was intended and not acknowledged."""
+        return self._state.pending
+
+    @property
+    def memory(self) -> dict[str, Any]:
+        """What the exporter asked to be remembered."""
+        return self._state.memory
+
+    @property
+    def done(self) -> dict[str, bool]:
+        """Keys of the attempts whose end this destination has."""
+        return self._state.done
+
+    @property
+    def delivered(self) -> int:
+        """How many points and frames' records arrived, all batches together."""
+        return self._state.delivered
+
+    @property
+    def refused(self) -> int:
+        """How many the destination refused for good."""
+        return self._state.refused
+
+    @property
+    def number(self) -> int:
+        """The number of the last batch intended; 0 before the first."""
+        return self._state.number
+
+    # ---- what is written --------------------------------------------------------------------------------------
+
+    def _append(self, kind: str, body: Mapping[str, Any]) -> None:
+        data = line(kind, body)
+        written = 0
+        try:
+            while written < len(data):
+                written += os.pwrite(self._fd, memoryview(data)[written:], self._size + written)
+        except BaseException:
+            os.ftruncate(self._fd, self._size)  # a torn line must not hide the next one
+            raise
+        self._size += len(data)
+
+    def intend(
+        self,
+        ranges: Sequence[SlotRange],
+        positions: Mapping[str, Position],
+        note: Mapping[str, Any],
+        stamps: Mapping[str, tuple[int, int]],
+        extra: Mapping[str, Any] | None = None,
+    ) -> Intent:
+        """Write down a batch before it leaves. `positions` and `stamps`: those that it changes, as they are after it.
+
+        Raises:
+            SpoolError: another batch is pending.
+            OSError: it could not be written; nothing has changed.
+        """
+        if self._state.pending is not None:
+            raise SpoolError(f"batch {self.number} of {self._destination} has not been acknowledged")
+        intent = Intent(
+            self._state.number + 1, tuple(ranges), dict(positions), dict(stamps), dict(note), dict(extra or {})
+        )
+        self._append("intent", intent_to_json(intent))
+        self._state.pending = intent
+        self._state.number = intent.number
+        return intent
+
+    def ack(self, intent: Intent, *, delivered: int, refused: int) -> None:
+        """The batch is with the destination: its positions and stamps hold from now on.
+
+        Raises:
+            SpoolError: it is not the pending one.
+            OSError: it could not be written; the batch stays pending.
+        """
+        if self._state.pending is None or self._state.pending.number != intent.number:
+            raise SpoolError(f"batch {intent.number} of {self._destination} is not pending")
+        body = {"n": intent.number, "delivered": delivered, "refused": refused, "at": self._clock()}
+        self._append("ack", body)
+        self._state.acked()
+        self._state.delivered += delivered
+        self._state.refused += refused
+        if self._size > self._compact_at:
+            self._compact()
+
+    def remember(self, memory: Mapping[str, Any]) -> None:
+        """Keep the exporter's memory; nothing is written when it has not changed."""
+        if dict(memory) != self._state.memory:
+            self._append("memory", memory)
+            self._state.memory = dict(memory)
+
+    def close_attempt(self, attempt_key: str) -> None:
+        """This destination has the attempt's end; again is no harm."""
+        if not self._state.done.get(attempt_key):
+            self._append("done", {"attempt": attempt_key})
+            self._state.done[attempt_key] = True
+
+    def _compact(self) -> None:
+        """Replace the file by one that says the same in fewer lines; if that fails, the long one stays."""
+        data = b"".join(self._state.snapshot(self._destination))
+        if self._size <= _COMPACT_RATIO * len(data):
+            self._compact_at = _COMPACT_RATIO * len(data)
+            return
+        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        try:
+            fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            try:
+                with open(fd, "wb", closefd=False) as file:
+                    file.write(data)
+                os.rename(temporary, self._path)
+            except BaseException:
+                os.close(fd)
+                raise
+        except OSError:  # no room for it now
+            temporary.unlink(missing_ok=True)
+            self._compact_at = 2 * self._size
+            return
+        os.close(self._fd)
+        self._fd, self._size = fd, len(data)
+        self._compact_at = max(_COMPACT_AT, _COMPACT_RATIO * len(data))
+
+    def close(self) -> None:
+        """Let the file go; again is no harm."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+@dataclass(frozen=True, slots=True)
+class DestinationProgress:
+    """How far one destination is, as its journal said at the last refresh."""
+
+    positions: Mapping[str, Position]
+    delivered: int
+    refused: int
+    memory: Mapping[str, Any]
+    done: Mapping[str, bool]
+    pending: Intent | None
+
+
+class _Tail:
+    """Follows one journal from another process: reads what was appended, begins again when it was replaced."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._key: tuple[int, int] = (-1, -1)  # inode and size, as last seen
+        self._offset = 0
+        self._reread: int | None = None  # the offset of a bad line for which the file was read again
+        self.state = State(keep_stamps=False)
+
+    def refresh(self) -> bool:
+        """Take in what is new; False where there is no journal (any more)."""
+        try:
+            stat = os.stat(self._path)
+            if (stat.st_ino, stat.st_size) == self._key:
+                return True
+            fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            stat = os.fstat(fd)
+            if stat.st_ino != self._key[0] or stat.st_size < self._offset:
+                self._restart()
+                self._reread = None
+            if self._read(fd) is not None:  # the writer may have cut a torn line and gone on: once more from the top
+                self._restart()
+                self._reread = self._read(fd)
+        finally:
+            os.close(fd)
+        self._key = (stat.st_ino, stat.st_size)
+        return True
+
+    def _restart(self) -> None:
+        self._offset = 0
+        self.state = State(keep_stamps=False)
+
+    def _read(self, fd: int) -> int | None:
+        """Read on; the offset of the first bad line that has not been read twice already."""
+        bad: int | None = None
+        data = os.pread(fd, max(0, os.fstat(fd).st_size - self._offset), self._offset)
+        start = 0
+        while (end := data.find(b"\n", start)) >= 0:
+            parsed = parse(data[start:end])
+            if parsed is not None:
+                self.state.apply(*parsed)
+            elif bad is None and self._offset + start > (-1 if self._reread is None else self._reread):
+                bad = self._offset + start
+            start = end + 1
+        self._offset += start
+        return bad
+
+
+class Progress:
+    """How far the destinations of a run are, for processes that don't ship: training itself, the command line."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._tails: dict[str, _Tail] = {}
+        self._manifest_key: tuple[int, int] | None = None
+        self._ids: tuple[str, ...] = ()
+        self.destinations: dict[str, DestinationProgress] = {}
+
+    def refresh(self) -> None:
+        """Read what the shipper has written since; costs a `stat` for each destination when that is nothing."""
+        try:
+            stat = os.stat(self._folder / MANIFEST)
+        except FileNotFoundError:
+            return
+        key = (stat.st_ino, stat.st_mtime_ns)
+        if key != self._manifest_key:
+            manifest = read_manifest(self._folder)
+            self._ids = tuple(manifest.destinations) if manifest is not None else ()
+            self._manifest_key = key
+        found: dict[str, DestinationProgress] = {}
+        for one in self._ids:
+            tail = self._tails.setdefault(one, _Tail(self._folder / journal_name(one)))
+            if tail.refresh():
+                state = tail.state
+                found[one] = DestinationProgress(
+                    state.positions, state.delivered, state.refused, state.memory, state.done, state.pending
+                )
+        self.destinations = found
+
+    def _everywhere(self) -> list[DestinationProgress] | None:
+        """Every destination of the manifest; None where one has no journal yet, or there is no destination."""
+        if not self._ids or len(self.destinations) < len(self._ids):
+            return None
+        return list(self.destinations.values())
+
+    def passed(self, address: Address) -> bool:
+        """Whether the record in this slot is delivered (or refused for good) at every destination.
+
+        A run without a destination is undelivered.
+        """
+        everywhere = self._everywhere()
+        return everywhere is not None and all(
+            (where := one.positions.get(address.writer)) is not None and where.passed(address.segment, address.slot)
+            for one in everywhere
+        )
+
+    def reached(self, head: Address) -> bool:
+        """Whether everything below `head` (see `Writer.heads`) is delivered at every destination."""
+        everywhere = self._everywhere()
+        if everywhere is None:
+            return False
+        if (head.segment, head.slot) == (1, 0):
+            return True
+        for one in everywhere:
+            where = one.positions.get(head.writer)
+            if where is None or (where.segment, where.next) < (head.segment, head.slot):
+                return False
+            if any(slot < (head.segment, head.slot) for slot in where.open):
+                return False
+        return True

@@ -1,0 +1,74 @@
+"""What the file system under the spool can do: whether a mapped store is safe there, and room that is really there."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import sys
+from pathlib import Path
+
+__all__ = ["NO_ROOM", "allocate", "may_map"]
+
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""The errors that mean "no room" rather than "not allowed" or "broken"."""
+
+# Here an allocated block takes a mapped store whatever happens. On btrfs and ZFS a store needs new room, on NFS and
+# FUSE an answer from somewhere else; a page that can't be had is SIGBUS, which kills training.
+_SAFE = frozenset({"ext4", "xfs", "tmpfs"})
+
+
+def _mounts(text: str) -> dict[str, tuple[str, str]]:
+    """Device ("major:minor") to file system type and its own options, from the text of /proc/self/mountinfo."""
+    found: dict[str, tuple[str, str]] = {}
+    for line in text.splitlines():
+        left, _, right = line.partition(" - ")
+        fields, more = left.split(" "), right.split(" ")
+        if len(fields) > 2 and len(more) > 2:
+            found[fields[2]] = (more[0], more[2])
+    return found
+
+
+def _unescape(path: str) -> str:
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match.group(1), 8)), path)
+
+
+def may_map(folder: Path) -> bool:
+    """Whether `folder` lies on ext4, xfs, tmpfs, or an overlay whose upper layer can be seen to lie on one of these."""
+    if sys.platform != "linux":
+        return False
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+            mounts = _mounts(file.read())
+        path = os.fspath(folder)
+        for _ in range(4):  # an overlay may lie on an overlay
+            device = os.stat(path).st_dev
+            kind, options = mounts.get(f"{os.major(device)}:{os.minor(device)}", ("", ""))
+            if kind != "overlay":
+                return kind in _SAFE
+            upper = re.search(r"(?:^|,)upperdir=((?:[^,\\]|\\.)*)", options)
+            if upper is None:
+                return False
+            path = _unescape(upper.group(1))
+    except OSError:
+        return False
+    return False
+
+
+def allocate(fd: int, size: int) -> None:
+    """Give the file `size` bytes of real room, by fallocate(2) itself.
+
+    glibc's posix_fallocate (and so `os.posix_fallocate`) writes a byte into each block where the file system can't
+    allocate, which looks like success and promises nothing.
+
+    Raises:
+        OSError: no room (see `NO_ROOM`), or not supported here.
+    """
+    import ctypes
+
+    fallocate = ctypes.CDLL(None, use_errno=True).fallocate
+    fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    while fallocate(fd, 0, 0, size) != 0:
+        code = ctypes.get_errno()
+        if code != errno.EINTR:
+            raise OSError(code, os.strerror(code))

@@ -1,0 +1,189 @@
+"""Frames: opaque payloads of any length, each with a length and a checksum, in files of their own.
+
+A frames file is a header of 64 bytes and then frames, little endian:
+
+    0  u32  sync magic
+    4  u32  length of the payload
+    8  u8   kind        9  u8  flags (1: the writer's END)      10  u16  zero
+    12 u32  crc32 of bytes 4 to 11 and the payload
+    16      payload
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+from zlib import crc32
+
+from tracelet.errors import SpoolError, SpoolFormatError
+
+__all__ = ["END_FLAG", "Frame", "FrameWriter", "frames_name", "read_frame", "scan"]
+
+MAGIC = b"TRLTFRMS"
+VERSION = 1
+HEADER_SIZE = 64
+_HEADER = struct.Struct("<8sI16sI")  # magic, version, writer id, number; then crc32
+_FRAME = struct.Struct("<IIBBHI")
+_COVERED = struct.Struct("<IBBH")
+SYNC = 0xF7A9E5D1  # no byte of it is ASCII, so it can't stand in a payload of JSON
+_SYNC_BYTES = SYNC.to_bytes(4, "little")
+END_FLAG = 1
+ROLL_AT = 16 * 2**20
+MAX_PAYLOAD = 256 * 2**20
+
+
+class Frame(NamedTuple):
+    """One frame as read: where the next one begins, what it is, and what it holds."""
+
+    end: int
+    kind: int
+    flags: int
+    payload: bytes
+
+
+def frames_name(writer: str, number: int) -> str:
+    """The file name of a frames file."""
+    return f"{writer}-{number:06d}.frames"
+
+
+def pack_frame(kind: int, flags: int, payload: bytes) -> bytes:
+    """The bytes of one frame."""
+    covered = _COVERED.pack(len(payload), kind, flags, 0)
+    return _SYNC_BYTES + covered + crc32(payload, crc32(covered)).to_bytes(4, "little") + payload
+
+
+class FrameWriter:
+    """Appends frames to one writer's frames files; used under the writer's lock."""
+
+    def __init__(self, folder: Path, writer: str, admit: Callable[[int], None]) -> None:
+        self._folder = folder
+        self._writer = writer
+        self._admit = admit
+        self._fd = -1
+        self._end = 0
+        self._number = 0
+
+    def append(self, kind: int, payload: bytes, flags: int = 0) -> tuple[int, int]:
+        """Write one frame; returns the number of its file and its offset there.
+
+        Raises:
+            OSError: it could not be written; nothing of it stands in the file, or the file has been left.
+            SpoolError: longer than any frame may be.
+        """
+        if len(payload) > MAX_PAYLOAD:
+            raise SpoolError(
+                f"a record of {len(payload):,} bytes is longer than a frame may be ({MAX_PAYLOAD:,}):"
+                " log it as an artifact",
+                size=len(payload),
+            )
+        data = pack_frame(kind, flags, payload)
+        self._admit(len(data))
+        if self._fd < 0 or self._end >= ROLL_AT:
+            self._roll()
+        fd, offset = self._fd, self._end
+        # The place is taken before it is written: a record made by a signal handler meanwhile goes behind this one.
+        self._end = offset + len(data)
+        try:
+            written = 0
+            while written < len(data):
+                more = os.pwrite(fd, memoryview(data)[written:], offset + written)
+                if more == 0:
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                written += more
+        except OSError:
+            self._cut(fd, offset, offset + len(data))
+            raise
+        return self._number, offset
+
+    def _cut(self, fd: int, offset: int, end: int) -> None:
+        if self._end != end:
+            return  # something stands behind it; the reader passes over the torn frame
+        try:
+            os.ftruncate(fd, offset)
+            self._end = offset
+        except OSError:
+            self._end = ROLL_AT  # leave the file for a new one
+
+    def _roll(self) -> None:
+        number = self._number + 1
+        path = self._folder / frames_name(self._writer, number)
+        fields = _HEADER.pack(MAGIC, VERSION, self._writer.encode("ascii"), number)
+        header = (fields + crc32(fields).to_bytes(4, "little")).ljust(HEADER_SIZE, b"\0")
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            if os.pwrite(fd, header, 0) != HEADER_SIZE:
+                raise OSError(errno.ENOSPC, "No space left on device")
+        except BaseException:
+            os.close(fd)
+            raise
+        old = self._fd
+        self._fd, self._number, self._end = fd, number, HEADER_SIZE
+        if old >= 0:
+            os.close(old)
+
+    def sync(self) -> None:
+        """Flush to the disk itself, for power loss."""
+        if self._fd >= 0:
+            os.fdatasync(self._fd)
+
+    def close(self) -> None:
+        """Let the file go."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def read_frame(fd: int, offset: int) -> Frame | None:
+    """The frame at `offset`; None where none stands whole with its checksum right."""
+    head = os.pread(fd, _FRAME.size, offset) if offset >= 0 else b""
+    if len(head) < _FRAME.size:
+        return None
+    sync, length, kind, flags, _, check = _FRAME.unpack(head)
+    if sync != SYNC or length > MAX_PAYLOAD:
+        return None
+    payload = os.pread(fd, length, offset + _FRAME.size)
+    if len(payload) < length or crc32(payload, crc32(head[4:12])) != check:
+        return None
+    return Frame(offset + _FRAME.size + length, kind, flags, payload)
+
+
+def check_header(fd: int, path: Path) -> None:
+    """Refuse a frames file of a version that this release doesn't know; a damaged header is passed over.
+
+    Raises:
+        SpoolFormatError: it is whole and names another version.
+    """
+    header = os.pread(fd, _HEADER.size + 4, 0)
+    if len(header) < _HEADER.size + 4 or crc32(header[:-4]).to_bytes(4, "little") != header[-4:]:
+        return
+    magic, version, _, _ = _HEADER.unpack(header[:-4])
+    if magic != MAGIC or version != VERSION:
+        raise SpoolFormatError(
+            f"{path} has format {version}, this tracelet reads {VERSION}:"
+            " use the release that wrote it, or a newer one",
+            version=version,
+        )
+
+
+def scan(fd: int, damaged: Callable[[int, int], None] | None = None) -> Iterator[Frame]:
+    """Every valid frame of an open frames file, in order; `damaged(start, end)` hears of each gap passed over."""
+    size = os.fstat(fd).st_size
+    data = b""
+    offset = HEADER_SIZE
+    while offset < size:
+        frame = read_frame(fd, offset)
+        if frame is not None:
+            yield frame
+            offset = frame.end
+            continue
+        data = data or os.pread(fd, size, 0)
+        start = offset
+        offset = data.find(_SYNC_BYTES, start + 1)
+        if offset < 0:
+            offset = size
+        if damaged is not None:
+            damaged(start, offset)

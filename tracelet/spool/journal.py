@@ -1,0 +1,172 @@
+"""The journal's lines, and the state that they add up to: shared by who writes it and who only follows it.
+
+A line is `<crc32 of the rest, 8 hex digits> <kind> <JSON>\\n`. Kinds: `journal` (first line: format), `snapshot` and
+`stamps` (the whole state, written at compaction), `intent`, `ack`, `memory`, `done`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from zlib import crc32
+
+from tracelet.errors import SpoolFormatError
+from tracelet.spool.reader import Position, SlotRange
+
+__all__ = ["FORMAT", "Intent", "State", "line", "parse"]
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Intent:
+    """A batch about to be sent: which slots in which order, and what holds once it is acknowledged."""
+
+    number: int
+    ranges: tuple[SlotRange, ...]
+    positions: Mapping[str, Position]  # the changed ones, after this batch
+    stamps: Mapping[str, tuple[int, int]]  # the changed ones, after this batch
+    note: Mapping[str, Any]
+    extra: Mapping[str, Any]
+
+
+def line(kind: str, body: Mapping[str, Any]) -> bytes:
+    """The bytes of one line."""
+    rest = f"{kind} {json.dumps(body, separators=(',', ':'))}".encode("ascii")
+    return b"%08x %s\n" % (crc32(rest), rest)
+
+
+def parse(text: bytes) -> tuple[str, str] | None:
+    """Kind and JSON text of a line (without its newline); None if it is not whole."""
+    check, rest = text[:8], text[9:]
+    try:
+        if text[8:9] != b" " or int(check, 16) != crc32(rest):
+            return None
+        kind, _, body = rest.decode("ascii").partition(" ")
+    except ValueError:
+        return None
+    return kind, body
+
+
+def positions_to_json(positions: Mapping[str, Position]) -> dict[str, Any]:
+    return {
+        writer: [where.segment, where.next, [list(slot) for slot in where.open]] for writer, where in positions.items()
+    }
+
+
+def _positions(body: Mapping[str, Any]) -> dict[str, Position]:
+    return {
+        writer: Position(segment, slot, tuple((a, b) for a, b in opened))
+        for writer, (segment, slot, opened) in body.items()
+    }
+
+
+def intent_to_json(intent: Intent) -> dict[str, Any]:
+    return {
+        "n": intent.number,
+        "ranges": [list(piece) for piece in intent.ranges],
+        "positions": positions_to_json(intent.positions),
+        "stamps": {series: list(stamp) for series, stamp in intent.stamps.items()},
+        "note": dict(intent.note),
+        "extra": dict(intent.extra),
+    }
+
+
+def _stamps(body: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, int]]:
+    return {series: (last, high) for series, (last, high) in body.items()}
+
+
+def _intent(body: Mapping[str, Any]) -> Intent:
+    return Intent(
+        body["n"],
+        tuple(SlotRange(*piece) for piece in body["ranges"]),
+        _positions(body["positions"]),
+        _stamps(body["stamps"]),
+        body["note"],
+        body["extra"],
+    )
+
+
+@dataclass
+class State:
+    """What the lines of a journal add up to."""
+
+    keep_stamps: bool = True
+    positions: dict[str, Position] = field(default_factory=dict)
+    stamps: dict[str, tuple[int, int]] = field(default_factory=dict)
+    memory: dict[str, Any] = field(default_factory=dict)
+    done: dict[str, bool] = field(default_factory=dict)
+    pending: Intent | None = None
+    number: int = 0
+    delivered: int = 0
+    refused: int = 0
+
+    def apply(self, kind: str, text: str) -> None:
+        """Take one line into account; kinds that a newer minor version added are passed over.
+
+        Raises:
+            SpoolFormatError: the journal is of a format this release doesn't know.
+        """
+        if kind == "stamps" and not self.keep_stamps:
+            return
+        body = json.loads(text)
+        if kind == "journal":
+            if body["format"] != FORMAT:
+                raise SpoolFormatError(
+                    f"the journal of {body.get('destination')} has format {body['format']}, this tracelet reads"
+                    f" {FORMAT}: use the release that wrote it, or a newer one",
+                    version=body["format"],
+                )
+        elif kind == "intent":
+            if self.pending is not None:
+                self.acked()  # its `ack` was lost to a damaged line; the next intent proves it
+            self.pending = _intent(body)
+            self.number = self.pending.number
+        elif kind == "ack":
+            if self.pending is not None and self.pending.number == body["n"]:
+                self.acked()
+            self.delivered += body["delivered"]
+            self.refused += body["refused"]
+        elif kind == "memory":
+            self.memory = body
+        elif kind == "done":
+            self.done[body["attempt"]] = True
+        elif kind == "stamps":
+            self.stamps.update(_stamps(body))
+        elif kind == "snapshot":
+            self.positions = _positions(body["positions"])
+            self.memory, self.done = body["memory"], body["done"]
+            self.pending = None if body["pending"] is None else _intent(body["pending"])
+            self.number, self.delivered, self.refused = body["number"], body["delivered"], body["refused"]
+
+    def acked(self) -> None:
+        """The pending batch has arrived: what it changes holds."""
+        intent, self.pending = self.pending, None
+        if intent is not None:
+            self.positions.update(intent.positions)
+            if self.keep_stamps:
+                self.stamps.update(intent.stamps)
+
+    def snapshot(self, destination: str) -> list[bytes]:
+        """The lines of a journal that says just this."""
+        lines = [
+            line("journal", {"format": FORMAT, "destination": destination}),
+            line(
+                "snapshot",
+                {
+                    "positions": positions_to_json(self.positions),
+                    "memory": self.memory,
+                    "done": self.done,
+                    "pending": None if self.pending is None else intent_to_json(self.pending),
+                    "number": self.number,
+                    "delivered": self.delivered,
+                    "refused": self.refused,
+                },
+            ),
+        ]
+        series = list(self.stamps.items())
+        for start in range(0, len(series), 1000):
+            lines.append(line("stamps", {name: list(stamp) for name, stamp in series[start : start + 1000]}))
+        return lines

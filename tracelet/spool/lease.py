@@ -1,0 +1,128 @@
+"""Who is alive: locks that the kernel drops at a process's death, held on files in the spool folder.
+
+`fcntl.lockf` locks belong to the process: a forked child doesn't inherit them, and they are free at the moment of
+death, whoever else has the file open. In turn, closing *any* descriptor of the file drops them: nobody may open a
+lock file of his own process, so nothing here opens one to look unless it belongs to somebody else.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import struct
+import sys
+from collections.abc import Collection
+from pathlib import Path
+
+__all__ = ["ShipperLock", "WriterLock", "is_alive", "lock_name", "shipper_alive"]
+
+SHIPPER_LOCK = "shipper.lock"
+
+
+def lock_name(writer: str) -> str:
+    """The file name of a writer's lock."""
+    return f"{writer}.lock"
+
+
+class WriterLock:
+    """A writer's sign of life. It appears under its name already locked, so that nobody sees it free before."""
+
+    def __init__(self, folder: Path, writer: str) -> None:
+        self.path = folder / lock_name(writer)
+        self._hidden = folder / f".{lock_name(writer)}"
+        self.visible = False
+        self._fd = os.open(self._hidden, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BaseException:
+            self.discard()
+            raise
+
+    def appear(self) -> None:
+        """Show the writer to readers; again is no harm."""
+        try:
+            os.rename(self._hidden, self.path)
+        except FileNotFoundError:
+            if not self.path.exists():
+                raise
+        self.visible = True
+
+    def discard(self) -> None:
+        """Take back a lock that never appeared."""
+        self.release()
+        self._hidden.unlink(missing_ok=True)
+
+    def release(self) -> None:
+        """Let go; the file stays, it is how readers know of the writer."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def _holder(path: Path) -> int | None:
+    """The pid that holds a lock on `path` (0 or -1: one of another PID namespace); None where nobody does.
+
+    F_GETLK asks without taking: a probe that took the lock, if only for a moment, could turn away its next owner.
+    """
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        if sys.platform == "darwin":
+            asked = fcntl.fcntl(fd, fcntl.F_GETLK, struct.pack("qqihh", 0, 0, 0, fcntl.F_WRLCK, 0))
+            _, _, pid, kind, _ = struct.unpack("qqihh", asked)
+        else:
+            asked = fcntl.fcntl(fd, fcntl.F_GETLK, struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, 0, 0, 0))
+            kind, _, _, _, pid = struct.unpack("hhqqi4x", asked)
+        return None if kind == fcntl.F_UNLCK else int(pid)
+    finally:
+        os.close(fd)
+
+
+def is_alive(folder: Path, writer: str, *, mine: Collection[str] = ()) -> bool:
+    """Whether the process of `writer` still lives. `mine` names writers of this process, whose locks stay untouched."""
+    return writer in mine or _holder(folder / lock_name(writer)) is not None
+
+
+def shipper_alive(folder: Path) -> int | None:
+    """The pid of the shipper that serves `folder`, or None. Never for the process that holds the lock itself."""
+    return _holder(folder / SHIPPER_LOCK)
+
+
+class ShipperLock:
+    """The right to ship one folder; held by one process at a time, until release or death.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> lock = ShipperLock(pathlib.Path(tempfile.mkdtemp()))
+        >>> lock.acquire()
+        True
+        >>> lock.release()
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / SHIPPER_LOCK
+        self._fd = -1
+
+    def acquire(self) -> bool:
+        """Take it, if nobody has it; never waits."""
+        if self._fd >= 0:
+            return True
+        fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(fd)
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                return False
+            raise
+        self._fd = fd
+        return True
+
+    def release(self) -> None:
+        """Give it back; again is no harm."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)

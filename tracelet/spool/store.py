@@ -1,0 +1,384 @@
+"""The spool folder as a whole: where it is, its manifest, its size, what is sealed, delivered, kept and deleted."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import re
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tracelet.errors import SpoolFormatError
+from tracelet.spool.disk import allocate
+from tracelet.spool.files import SPARES
+from tracelet.spool.points import HEADER_SIZE, SLOT_SIZE, segment_name
+from tracelet.spool.reader import DELIVERED, Position, SpoolReader
+from tracelet.spool.seal import read_seal, seal_name, write_seal
+
+__all__ = [
+    "Attempt",
+    "KeepRule",
+    "Manifest",
+    "RunFolder",
+    "list_runs",
+    "make_spares",
+    "move_delivered",
+    "read_manifest",
+    "remove_run",
+    "retain",
+    "run_folder",
+    "seal",
+    "update_manifest",
+    "usage",
+]
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+"""The version of the folder's format; a reader refuses another one by name."""
+
+
+# ---- where ------------------------------------------------------------------------------------------------------
+
+
+def boot_id() -> str:
+    """Which start of this machine it is: 12 hexadecimal digits, "noboot" where the system doesn't say."""
+    try:
+        text = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+    except OSError:
+        return "noboot"
+    return text.strip().replace("-", "")[:12]
+
+
+def host_name() -> str:
+    """This machine's name, as far as it can stand in a folder's name."""
+    return re.sub(r"[^A-Za-z0-9._]", "_", socket.gethostname()) or "localhost"
+
+
+def run_folder(root: Path, run_id: str) -> Path:
+    """The folder of a run on this host, since its last boot. Makes nothing."""
+    return Path(root).absolute() / run_id / f"{host_name()}-{boot_id()}"
+
+
+def make_folder(folder: Path) -> Path:
+    """Make `folder` and what is missing above it, for this user alone (0700); existing ones stay as they are."""
+    for parent in reversed((folder, *folder.parents)):
+        if not parent.exists():
+            parent.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+# ---- the manifest -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One start of a run on this host. `destinations` as in the manifest: id, kind, spec (absolute, no secrets)."""
+
+    key: str
+    started_unix_nano: int
+    pid: int
+    rank: int
+    destinations: tuple[Mapping[str, Any], ...] = ()
+    ended: Mapping[str, Any] | None = None
+    shipper: str = "process"  # "process", "thread", "off"
+    lease_until_unix_nano: int | None = None  # for other hosts; None: no lease is kept
+    extra: Mapping[str, Any] = field(default_factory=dict)  # what a newer minor version added
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What is known of a run on this host, other than its records."""
+
+    run_id: str
+    project: str
+    experiment_name: str
+    run_name: str
+    host: str = field(default_factory=host_name)
+    boot_id: str = field(default_factory=boot_id)
+    attempts: tuple[Attempt, ...] = ()
+    format: int = FORMAT
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def destinations(self) -> dict[str, Mapping[str, Any]]:
+        """Every destination of any attempt by its id; the newest attempt's word on it stands."""
+        found: dict[str, Mapping[str, Any]] = {}
+        for attempt in sorted(self.attempts, key=lambda attempt: attempt.started_unix_nano):
+            for destination in attempt.destinations:
+                found[str(destination["id"])] = destination
+        return found
+
+    def attempt(self, key: str) -> Attempt | None:
+        """The attempt with this key."""
+        return next((attempt for attempt in self.attempts if attempt.key == key), None)
+
+    def with_attempt(self, attempt: Attempt) -> Manifest:
+        """This manifest with `attempt` added, or put in the place of the one with its key."""
+        if self.attempt(attempt.key) is None:
+            return dataclasses.replace(self, attempts=(*self.attempts, attempt))
+        return dataclasses.replace(
+            self, attempts=tuple(attempt if old.key == attempt.key else old for old in self.attempts)
+        )
+
+
+def _to_json(value: Attempt | Manifest) -> dict[str, Any]:
+    fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.name != "extra"}
+    if isinstance(value, Manifest):
+        fields["attempts"] = [_to_json(attempt) for attempt in value.attempts]
+    else:
+        fields["destinations"] = [dict(destination) for destination in value.destinations]
+    return {**value.extra, **fields}
+
+
+def _known(kind: type[Any], fields: dict[str, Any]) -> dict[str, Any]:
+    names = {f.name for f in dataclasses.fields(kind)} - {"extra"}
+    known = {name: value for name, value in fields.items() if name in names}
+    return {**known, "extra": {name: value for name, value in fields.items() if name not in names}}
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a run's folder; None where there is none yet.
+
+    Raises:
+        SpoolFormatError: it can't be read, or is of a format this release doesn't know.
+    """
+    path = folder / MANIFEST
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    try:
+        fields = json.loads(text)
+        version = fields["format"]
+        if version != FORMAT:
+            raise SpoolFormatError(
+                f"{path} has format {version}, this tracelet reads {FORMAT}:"
+                " use the release that wrote it, or a newer one",
+                path=str(path),
+                version=version,
+            )
+        attempts = []
+        for one in fields["attempts"]:
+            one["destinations"] = tuple(one.get("destinations", ()))
+            attempts.append(Attempt(**_known(Attempt, one)))
+        fields["attempts"] = tuple(attempts)
+        return Manifest(**_known(Manifest, fields))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise SpoolFormatError(
+            f"{path} can't be read ({error}): move it away to ship what its folder holds by `tracelet ship`",
+            path=str(path),
+        ) from error
+
+
+def update_manifest(folder: Path, change: Callable[[Manifest | None], Manifest]) -> Manifest:
+    """Replace the manifest by what `change` makes of it, under its lock; makes the folder if need be.
+
+    Readers see the old or the new one, never half of it. `change` gets None where there is none yet.
+    """
+    make_folder(folder)
+    fd = os.open(folder / "manifest.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)  # flock, not lockf: two threads of one process exclude each other too
+        manifest = change(read_manifest(folder))
+        write_whole(folder / MANIFEST, (json.dumps(_to_json(manifest), indent=1) + "\n").encode("ascii"))
+        return manifest
+    finally:
+        os.close(fd)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Put `data` at `path` in one step: it appears whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with open(fd, "wb") as file:
+            file.write(data)
+        os.rename(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+# ---- what is there ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """One run on one host, as found under TRACELET_DIR."""
+
+    run_id: str
+    folder: Path
+    manifest: Manifest | None
+    problem: str | None = None  # why the manifest can't be read
+
+
+def list_runs(root: Path) -> Iterator[RunFolder]:
+    """Every run's folder under `root`, by run id."""
+    for run in sorted(_folders(root)):
+        for folder in sorted(_folders(run)):
+            try:
+                manifest, problem = read_manifest(folder), None
+            except SpoolFormatError as error:
+                manifest, problem = None, str(error)
+            if manifest is not None or problem is not None or any(folder.glob("*.lock")):
+                yield RunFolder(run.name, folder, manifest, problem)
+
+
+def _folders(parent: Path) -> list[Path]:
+    try:
+        with os.scandir(parent) as entries:
+            return [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def usage(folder: Path) -> int:
+    """The bytes of all files in `folder` but those in delivered/, which may be deleted at any time."""
+    total = 0
+    pending = [os.fspath(folder)]
+    while pending:
+        with contextlib.suppress(OSError), os.scandir(pending.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    if entry.name != DELIVERED:
+                        pending.append(entry.path)
+                else:
+                    with contextlib.suppress(OSError):  # gone meanwhile
+                        total += entry.stat(follow_symlinks=False).st_size
+    return total
+
+
+# ---- for the shipper --------------------------------------------------------------------------------------------
+
+
+def make_spares(folder: Path, slots: int = 32768) -> int:
+    """Make the segments ahead that are missing; returns how many were made.
+
+    Written full of zeros: the pages are then in memory, and training's first stores there cost no fault of the disk.
+    """
+    made = 0
+    for name in SPARES:
+        path = folder / name
+        if path.exists():
+            continue
+        temporary = folder / f".{name}.{os.getpid()}"
+        size = HEADER_SIZE + SLOT_SIZE * slots
+        try:
+            fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            try:
+                allocate(fd, size)
+                if os.write(fd, bytes(size)) != size:
+                    raise OSError(28, "No space left on device")
+            finally:
+                os.close(fd)
+            os.rename(temporary, path)
+            made += 1
+        except OSError:  # no room or no allocation here: writers make their own, and say what is wrong
+            temporary.unlink(missing_ok=True)
+            return made
+    return made
+
+
+def seal(folder: Path, writer: str, number: int, *, dead: bool = False) -> bool:
+    """Seal a segment that nobody writes to any more; False where one of its slots is still in flight.
+
+    `dead`: the writer ended or died, so slots without a marker stay so. Sealed already: True.
+    """
+    if read_seal(folder, writer, number) is not None:
+        return True
+    reader = SpoolReader(folder)
+    try:
+        used = reader.used_slots(writer, number)
+        if used is None:
+            return False
+        slots, in_flight, fd = used
+        if in_flight and not dead:
+            return False
+        write_seal(folder, writer, number, fd, slots)
+        return True
+    finally:
+        reader.close()
+
+
+def move_delivered(
+    folder: Path, destinations: Iterable[Mapping[str, Position]], *, done: bool = False, now_s: float | None = None
+) -> int:
+    """Move sealed segments that every destination has passed to delivered/; returns how many.
+
+    `destinations` holds each destination's positions by writer; none at all moves nothing. `done`: the run is over
+    and delivered everywhere, so the frames (names and params, which a restarted shipper needs) go too.
+    """
+    positions = list(destinations)
+    if not positions:
+        return 0
+    moved = 0
+    target = make_folder(folder / DELIVERED)
+    for path in sorted(folder.glob("*.seal")):
+        writer, _, number = path.stem.partition("-")
+        segment = int(number)
+        sealed = read_seal(folder, writer, segment)
+        if sealed is None or not all(_behind(where.get(writer), segment, sealed.slots) for where in positions):
+            continue
+        for name in (segment_name(writer, segment), seal_name(writer, segment)):
+            _move(folder / name, target, now_s)
+        moved += 1
+    if done:
+        for path in folder.glob("*.frames"):
+            _move(path, target, now_s)
+    return moved
+
+
+def _behind(position: Position | None, segment: int, slots: int) -> bool:
+    if position is None or any(number == segment for number, _ in position.open):
+        return False
+    return position.segment > segment or (position.segment == segment and position.next >= slots)
+
+
+def _move(path: Path, target: Path, now_s: float | None) -> None:
+    now = time.time() if now_s is None else now_s
+    with contextlib.suppress(FileNotFoundError):
+        os.utime(path, (now, now))  # its age counts from its delivery
+        os.rename(path, target / path.name)
+
+
+@dataclass(frozen=True, slots=True)
+class KeepRule:
+    """How long and how much of what has been delivered stays readable (TRACELET_KEEP)."""
+
+    seconds: float = 7 * 86400.0
+    bytes: int = 2 * 10**9
+
+
+def retain(folders: Iterable[Path], rule: KeepRule, *, now_s: float) -> int:
+    """Delete what lies in the delivered/ of these folders beyond `rule`, oldest first; returns the bytes deleted."""
+    found: list[tuple[float, int, Path]] = []
+    for folder in folders:
+        with contextlib.suppress(FileNotFoundError), os.scandir(folder / DELIVERED) as entries:
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):
+                    stat = entry.stat(follow_symlinks=False)
+                    found.append((stat.st_mtime, stat.st_size, Path(entry.path)))
+    found.sort(key=lambda one: (one[0], one[2].name))
+    total = sum(size for _, size, _ in found)
+    deleted = 0
+    for modified, size, path in found:
+        if now_s - modified <= rule.seconds and total - deleted <= rule.bytes:
+            break
+        path.unlink(missing_ok=True)
+        deleted += size
+    return deleted
+
+
+def remove_run(folder: Path) -> None:
+    """Delete everything a run has on this host, and its parent folder if that is then empty."""
+    shutil.rmtree(folder)
+    with contextlib.suppress(OSError):
+        folder.parent.rmdir()

@@ -1,0 +1,321 @@
+"""This process's pen into a run's folder: it survives a full segment, a fork, a signal and a stop."""
+
+from __future__ import annotations
+
+import errno
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from tracelet.errors import SpoolError, SpoolFull
+from tracelet.guard import guard
+from tracelet.spool.disk import NO_ROOM, may_map
+from tracelet.spool.files import Abandoned, FileSet
+from tracelet.spool.points import Address, Log, fuse
+from tracelet.spool.store import make_folder, usage
+
+__all__ = ["Address", "Counts", "Writer"]
+
+_T = TypeVar("_T")
+_INT64 = range(-(2**63), 2**63)
+_RETRY_AFTER_S = 0.5  # how long points are refused without asking the disk again
+_USAGE_FOR_S = 1.0
+_STANDING_IN_S = 0.2
+
+
+class Counts(NamedTuple):
+    """What this process has written so far; `refused` had no room (or no writable folder)."""
+
+    points: int
+    frames: int
+    refused: int
+
+
+class Writer:
+    """The points and frames of one process of a run, one for each Experiment.
+
+    Guarantees:
+    - a point whose `log` returned survives the death of the process (`kill -9`), unless `counts().refused` has it;
+    - `log` never raises for the disk's sake and never waits for another thread's disk, except at a segment's end;
+    - a signal handler or a finalizer may log at any moment, whatever its own thread is doing.
+
+    Files are made at the first record. The folder has mode 0700, its files 0600.
+    """
+
+    log: Log
+    """`log(name, value, iteration=None)`: one closure for the Writer's life; see `points.fuse`."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        role: str,
+        opening: Callable[[str], tuple[int, bytes]],
+        name_frame: Callable[[int, str], tuple[int, bytes]],
+        check_name: Callable[[object], str],
+        to_float: Callable[[str, object], float],
+        to_iteration: Callable[[object], int],
+        closed: Callable[[], Exception],
+        max_bytes: int | None = None,
+        slots_per_segment: int = 32768,
+        mapped: bool | None = None,
+        repeated_without_iteration: Callable[[str], None] | None = None,
+    ) -> None:
+        self._folder = folder
+        self._role = role
+        self._opening = opening
+        self._name_frame = name_frame
+        self._check_name = check_name
+        self._to_iteration = to_iteration
+        self._closed = closed
+        self._max_bytes = max_bytes
+        self._capacity = slots_per_segment
+        self._mapped = mapped
+        self._repeated = repeated_without_iteration
+        self._once: set[str] = set()  # names logged once while no iteration was ever given
+        # Re-entrant, and `_depth` tells re-entry: a signal handler that logs a new name while its own thread is in
+        # here would otherwise wait for itself. It writes to the set of files of its depth instead.
+        self._lock = threading.RLock()
+        self._depth = 0
+        self._sets: dict[int, FileSet] = {}
+        self._inherited: list[FileSet] = []
+        self._ended = False
+        self._end_due: tuple[int, bytes, int] | None = None
+        self._refused = 0
+        self._retry_at = 0.0
+        self._used = 0
+        self._used_at = -_USAGE_FOR_S
+        self._voids_before_fork = 0
+        self._fused = fuse(
+            check_name=check_name,
+            to_float=to_float,
+            to_iteration=to_iteration,
+            slow=self._slow,
+            without_iteration=self._without_iteration,
+        )
+        self.log = self._fused.log
+
+    # ---- what callers use -------------------------------------------------------------------------------------
+
+    def log_many(self, values: Mapping[str, object], iteration: int | None = None) -> None:
+        """Log several metrics with one time; if one name or value is wrong, raises before anything is written."""
+        self._fused.log_many(values, iteration)
+
+    def frame(self, kind: int, payload: bytes, time_unix_nano: int) -> Address:
+        """Append one frame and return where its slot is.
+
+        Raises:
+            SpoolFull: no room; nothing was written.
+            SpoolError: the folder can't be written, for another reason.
+        """
+        try:
+            return self._locked(lambda files: files.frame(kind, payload, time_unix_nano))
+        except OSError as error:
+            raise self._error(error) from error
+
+    @property
+    def iteration(self) -> int:
+        """The current iteration: 0 before any was set."""
+        return self._fused.current() or 0
+
+    def set_iteration(self, iteration: int) -> None:
+        """Make `iteration` the one that a log call without an own one takes."""
+        if type(iteration) is not int or iteration not in _INT64:
+            iteration = self._to_iteration(iteration)
+        self._fused.set_current(iteration)
+
+    @property
+    def writer_id(self) -> str | None:
+        """The id of this process's main set of files; None before the first record."""
+        files = self._sets.get(0)
+        return files.writer if files is not None else None
+
+    def writer_ids(self) -> tuple[str, ...]:
+        """All ids of this process: nobody in it may open their lock files (that would drop the lock)."""
+        return tuple(files.writer for files in list(self._sets.values()))
+
+    def heads(self) -> tuple[Address, ...]:
+        """The next slot of every set of files: what is below has been logged. See `Progress.reached`."""
+        return tuple(files.head() for files in list(self._sets.values()))
+
+    def counts(self) -> Counts:
+        """How much this process has logged."""
+        sets = list(self._sets.values())
+        points = sum(files.points() for files in sets) - (self._fused.voids() - self._voids_before_fork)
+        return Counts(points, sum(files.frames for files in sets), self._refused)
+
+    def sync(self) -> None:
+        """Flush to the disk itself, for power loss; a process's death needs none."""
+        with guard("flush the spool to the disk"):
+            for files in list(self._sets.values()):
+                files.sync()
+
+    def end(self, kind: int, payload: bytes, time_unix_nano: int) -> None:
+        """Make new calls raise, wait briefly for threads inside, and write the END of every set of files.
+
+        Called by a signal handler while its own thread is writing, the END follows when that write is done.
+        """
+        self._ended = True
+        self._fused.publish({}, None)
+        with self._lock:
+            if self._end_due is None:
+                self._end_due = (kind, payload, time_unix_nano)
+            if self._depth == 0:
+                self._write_end()
+
+    def after_fork_in_child(self) -> None:
+        """Leave the parent's files alone from here on; no I/O. The next record opens own ones, with role "child"."""
+        self._fused.publish({}, None)
+        for files in self._sets.values():
+            files.abandoned = True
+        self._inherited.extend(self._sets.values())
+        self._sets = {}
+        self._lock = threading.RLock()  # another thread of the parent may have held it
+        self._depth = 0
+        self._role = "child"
+        self._end_due = None
+        self._refused = 0
+        self._retry_at = 0.0
+        self._voids_before_fork = self._fused.voids()
+
+    # ---- under the lock ---------------------------------------------------------------------------------------
+
+    def _locked(self, act: Callable[[FileSet], _T]) -> _T:
+        """Run `act` on the files of this depth; raises `closed()` after the end."""
+        while True:
+            with self._lock:
+                if self._ended:
+                    raise self._closed()
+                depth = self._depth
+                self._depth = depth + 1
+                try:
+                    return act(self._files(depth))
+                except Abandoned:
+                    continue  # forked meanwhile: once more, with files of our own
+                finally:
+                    self._depth = depth
+                    if self._end_due is not None and depth == 0:
+                        self._write_end()
+
+    def _files(self, depth: int) -> FileSet:
+        files = self._sets.get(depth)
+        if files is None:
+            files = self._open("overflow" if depth else self._role)
+            self._sets[depth] = files
+        if not files.visible:
+            files.appear()
+        return files
+
+    def _open(self, role: str) -> FileSet:
+        while self._inherited:
+            self._inherited.pop().close()
+        make_folder(self._folder)
+        if self._mapped is None:
+            self._mapped = may_map(self._folder)
+        kind, payload = self._opening(role)
+        return FileSet(self._folder, (kind, payload, time.time_ns()), self._capacity, self._mapped, self._admit)
+
+    def _admit(self, size: int) -> None:
+        if self._max_bytes is None:
+            return
+        now = time.monotonic()
+        if now - self._used_at >= _USAGE_FOR_S:
+            self._used, self._used_at = usage(self._folder), now
+        if self._used + size > self._max_bytes:
+            raise OSError(errno.EDQUOT, f"TRACELET_MAX_BYTES ({self._max_bytes:,}) is reached")
+        self._used += size
+
+    def _publish(self, files: FileSet, depth: int) -> None:
+        if depth == 0 and not files.abandoned and not self._ended:
+            self._fused.publish(files.ids, files.segment)
+
+    def _slow(self, name: str, value: float, iteration: int, time_unix_nano: int) -> None:
+        """A point that the cells of `log` can't take; refused points are counted, never raised."""
+        if self._ended:
+            raise self._closed()
+        main = self._sets.get(0)
+        if type(name) is not str or main is None or name not in main.ids:
+            name = self._check_name(name)
+        if iteration not in _INT64:
+            iteration = self._to_iteration(iteration)
+        if time.monotonic() < self._retry_at:
+            self._refused += 1
+            return
+        time_unix_nano = max(time_unix_nano, 0)
+
+        def write(files: FileSet) -> None:
+            depth = self._depth - 1
+            metric_id = files.id_of(name, self._name_frame, time_unix_nano)
+            files.point(time_unix_nano, value, iteration, metric_id)
+            self._publish(files, depth)
+
+        try:
+            self._locked(write)
+        except OSError as error:
+            self._refused += 1
+            self._retry_at = time.monotonic() + _RETRY_AFTER_S
+            guard.limited("write a point", "points are not recorded (%d so far): %s", self._refused, self._error(error))
+
+    def _error(self, error: OSError) -> SpoolError:
+        full = error.errno in NO_ROOM
+        kind = SpoolFull if full else SpoolError
+        what = "has no room" if full else "can't be written"
+        then = "free some, or raise TRACELET_MAX_BYTES" if full else "make it writable, or set TRACELET_DIR"
+        return kind(f"the spool folder {self._folder} {what} ({error.strerror}): {then}", folder=str(self._folder))
+
+    def _without_iteration(self, name: str) -> int:
+        """0, for a call without an iteration while none was ever set; says so once, at a name's second."""
+        if name in self._once:
+            self._once.clear()
+            self._fused.set_current(0)
+            if self._repeated is not None:
+                self._repeated(name)
+        else:
+            self._once.add(name)
+        return 0
+
+    # ---- the end ----------------------------------------------------------------------------------------------
+
+    def _write_end(self) -> None:
+        """Write the END of each set; at depth 0 and under the lock. What can't be written is for the reader to find
+        by the lock: it is free at this process's end."""
+        due = self._end_due
+        if due is None:
+            return
+        for files in self._sets.values():
+            if files.ended:
+                continue
+            try:
+                files.segment.seize()
+                self._void(files)
+                files.end(*due)
+            except (OSError, SpoolError) as error:
+                guard.note("write the end of the run to its spool", error)
+            else:
+                files.close()
+
+    def _void(self, files: FileSet) -> None:
+        """Close slots that no thread stands in; waits a moment for those that do."""
+        segment = files.segment
+        until = time.monotonic() + _STANDING_IN_S
+        while segment.open_slots():
+            inside = {self._fused.log.__code__, self._fused.log_many.__code__}  # type: ignore[attr-defined]
+            me = threading.get_ident()
+            standing = any(_stands_in(frame, inside) for thread, frame in sys._current_frames().items() if thread != me)
+            if not standing:
+                segment.void_open()
+                return
+            if time.monotonic() > until:
+                return  # still in there: left open, skipped by readers once this process is gone
+            time.sleep(0.001)
+
+
+def _stands_in(frame: object, codes: set[object]) -> bool:
+    while frame is not None:
+        if getattr(frame, "f_code", None) in codes:
+            return True
+        frame = getattr(frame, "f_back", None)
+    return False
