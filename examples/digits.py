@@ -15,6 +15,7 @@ import pickle
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import matplotlib as mpl
@@ -36,6 +37,17 @@ CLASSES = np.arange(10)
 METRICS = ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
 
 
+@dataclass(frozen=True)
+class Config:
+    """What the run is made with; each field is an option of the command line and a param of the run."""
+
+    epochs: int = 40
+    batch_size: int = 64
+    hidden: int = 64  # neurons of the hidden layer
+    learning_rate: float = 0.002
+    seed: int = 7
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train, log, and say where the result is; 0 when everything has been delivered."""
     config = read_config(arguments)
@@ -44,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     exp = tracelet.start_logging(
         exp_name="digits", project="tracelet-demo", backend=backend, tags={"example": "digits"}
     )
-    exp.log_params({"model": "MLPClassifier", "data": "scikit-learn digits", **config})
+    exp.log_params({"model": "MLPClassifier", "data": "scikit-learn digits", **asdict(config)})
 
     history, model, data = train(exp, config)
     log_files(exp, config, model, data)
@@ -55,39 +67,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if delivered else 1
 
 
-def read_config(arguments: Sequence[str] | None) -> dict[str, int | float]:
+def read_config(arguments: Sequence[str] | None) -> Config:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--hidden", type=int, default=64, help="neurons of the hidden layer")
-    parser.add_argument("--learning-rate", type=float, default=0.002)
-    parser.add_argument("--seed", type=int, default=7)
-    return vars(parser.parse_args(arguments))
+    for name, default in asdict(Config()).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"[{default}]")
+    return Config(**vars(parser.parse_args(arguments)))
 
 
 def train(
-    exp: tracelet.Experiment, config: dict[str, int | float]
+    exp: tracelet.Experiment, config: Config
 ) -> tuple[dict[str, list[float]], MLPClassifier, tuple[np.ndarray, ...]]:
     """Go over the training images once an epoch, in mini-batches, and log four metrics after each."""
     images, labels = load_digits(return_X_y=True)
     train_x, val_x, train_y, val_y = train_test_split(
-        images, labels, test_size=0.25, stratify=labels, random_state=config["seed"]
+        images, labels, test_size=0.25, stratify=labels, random_state=config.seed
     )
     scaler = StandardScaler().fit(train_x)
     train_x, val_x = scaler.transform(train_x), scaler.transform(val_x)
 
     model = MLPClassifier(
-        hidden_layer_sizes=(config["hidden"],), learning_rate_init=config["learning_rate"], random_state=config["seed"]
+        hidden_layer_sizes=(config.hidden,), learning_rate_init=config.learning_rate, random_state=config.seed
     )
-    shuffle = np.random.default_rng(config["seed"])
+    shuffle = np.random.default_rng(config.seed)
     history: dict[str, list[float]] = {name: [] for name in METRICS}
 
-    with tqdm(range(1, config["epochs"] + 1), desc="training", unit="epoch") as progress:
+    with tqdm(range(1, config.epochs + 1), desc="training", unit="epoch") as progress:
         for epoch in progress:
             exp.set_iteration(epoch)
             order = shuffle.permutation(len(train_x))
-            for start in range(0, len(order), config["batch_size"]):
-                batch = order[start : start + config["batch_size"]]
+            for start in range(0, len(order), config.batch_size):
+                batch = order[start : start + config.batch_size]
                 model.partial_fit(train_x[batch], train_y[batch], classes=CLASSES)
 
             with exp.span("validate"):
@@ -110,9 +119,7 @@ def evaluate(
     return values
 
 
-def log_files(
-    exp: tracelet.Experiment, config: dict[str, int | float], model: MLPClassifier, data: tuple[np.ndarray, ...]
-) -> None:
+def log_files(exp: tracelet.Experiment, config: Config, model: MLPClassifier, data: tuple[np.ndarray, ...]) -> None:
     """Log a plot, the model and its config; each is copied at the call, so the folder may go at once."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -125,7 +132,7 @@ def log_files(
         (folder / "model.pkl").write_bytes(pickle.dumps(model))
         exp.log_artifact(folder / "model.pkl", "model/digits.pkl")
 
-        (folder / "config.json").write_text(json.dumps(config, indent=2))
+        (folder / "config.json").write_text(json.dumps(asdict(config), indent=2))
         exp.log_artifact(folder / "config.json", "model/config.json")
 
 

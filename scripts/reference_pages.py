@@ -1,4 +1,4 @@
-"""Writes what the reference pages take from the code: settings and commands; `--check` only says whether it is right."""
+"""Writes what the reference pages take from the code (settings, commands); `--check` only says if it is right."""
 
 from __future__ import annotations
 
