@@ -347,7 +347,9 @@ def _parsed(setting: Setting, value: object, origin: str, base: Path) -> object:
 def _unknown(where: str, name: str, known: Mapping[str, object]) -> ConfigError:
     import difflib  # only on the way to an error
 
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    # Without the prefix they share, which would make everything near to everything.
+    short = {key.removeprefix("TRACELET_"): key for key in known}
+    near = [short[match] for match in difflib.get_close_matches(name.removeprefix("TRACELET_"), short, n=1, cutoff=0.5)]
     advice = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(known))}"
     return ConfigError(f"{name} in {where} is no setting: {advice}", setting=name, nearest=near[0] if near else None)
 
