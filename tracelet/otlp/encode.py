@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from tracelet.otlp import semconv
-from tracelet.otlp.encode_points import field, points_codec, wire_text
+from tracelet.otlp import encode_points, semconv
+from tracelet.otlp.encode_points import field, wire_text
 from tracelet.records import PointBatch, Scalar
 
 if TYPE_CHECKING:
@@ -32,10 +32,43 @@ __all__ = [
     "any_value",
     "attributes",
     "fitting",
+    "points_codec",
+    "resource_bytes",
 ]
 
 SIGNALS = ("metrics", "traces", "logs")
 _INT64 = range(-(2**63), 2**63)
+_NUMPY_POINTS = 256  # below it numpy's fixed costs (and its import) are not worth it
+
+
+class PointsCodec(Protocol):
+    """What `encode_points` and `encode_points_numpy` both have."""
+
+    def group(self, points: PointBatch, /) -> PointBatch:
+        """The same points by name, each name's in their old order."""
+        ...
+
+    def metric_fields(self, points: PointBatch, /) -> bytes:
+        """The repeated field ScopeMetrics.metrics of grouped points."""
+        ...
+
+
+def points_codec(count: int) -> PointsCodec:
+    """The module to encode `count` points with: numpy's where it is installed and worth it, else the pure one."""
+    if count >= _NUMPY_POINTS and _numpy_is_there():
+        from tracelet.otlp import encode_points_numpy
+
+        return encode_points_numpy
+    return encode_points
+
+
+@functools.cache
+def _numpy_is_there() -> bool:
+    try:
+        import numpy  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 class Load(Protocol):

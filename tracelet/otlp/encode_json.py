@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from typing import Any
 
 from tracelet.otlp import semconv
@@ -86,4 +87,4 @@ def _points_line(load: PointsLoad) -> str:
 def _double(value: float) -> str:
     if value - value == 0:
         return repr(value)
-    return '"NaN"' if value != value else '"Infinity"' if value > 0 else '"-Infinity"'
+    return '"NaN"' if math.isnan(value) else '"Infinity"' if value > 0 else '"-Infinity"'

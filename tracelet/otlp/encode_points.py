@@ -15,15 +15,23 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from operator import itemgetter
-from typing import Protocol
 
 from tracelet.otlp import semconv
 from tracelet.records import PointBatch
 
-__all__ = ["Form", "group", "metric_fields", "points_codec", "template", "varint", "wire_text"]
+__all__ = [
+    "Form",
+    "canonical_ids",
+    "field",
+    "group",
+    "metric_field",
+    "metric_fields",
+    "template",
+    "varint",
+    "wire_text",
+]
 
 _BULK_ROWS = 8  # from here on strided copies beat a struct call a row
-_NUMPY_ROWS = 256  # below it numpy's fixed costs (and its import) are not worth it
 
 
 def wire_text(text: str) -> str:
@@ -105,9 +113,7 @@ def group(points: PointBatch) -> PointBatch:
     else:
         order = sorted(range(len(ids)), key=ids.__getitem__)
     if order is None:
-        return PointBatch(
-            points.names, points.time_unix_nano, points.values, points.iterations, ids, points.dense
-        )
+        return PointBatch(points.names, points.time_unix_nano, points.values, points.iterations, ids, points.dense)
     take = itemgetter(*order)
     return PointBatch(
         points.names,
@@ -192,35 +198,3 @@ def _bulk(form: Form, times: array[int], values: array[float], iterations: array
 @functools.lru_cache(maxsize=64)
 def _lanes(byte: int, count: int) -> int:
     return int.from_bytes((bytes((byte,)) + bytes(7)) * count, "little")
-
-
-class PointsCodec(Protocol):
-    """The two functions of `encode_points` and `encode_points_numpy`."""
-
-    def group(self, points: PointBatch) -> PointBatch:
-        """See `group`."""
-        ...
-
-    def metric_fields(self, points: PointBatch) -> bytes:
-        """See `metric_fields`."""
-        ...
-
-
-def points_codec(count: int) -> PointsCodec:
-    """The module to encode `count` points with: numpy's where it is installed and worth it, else this one."""
-    import tracelet.otlp.encode_points as pure
-
-    if count >= _NUMPY_ROWS and _numpy_is_there():
-        import tracelet.otlp.encode_points_numpy as fast
-
-        return fast
-    return pure
-
-
-@functools.cache
-def _numpy_is_there() -> bool:
-    try:
-        import numpy  # noqa: F401
-    except ImportError:
-        return False
-    return True

@@ -1,0 +1,127 @@
+"""The OTLP exporter: metrics, traces and logs of a run to a collector or a backend that speaks OTLP."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from tracelet.exporters.base import Answer, Delivered
+from tracelet.exporters.otlp_delivery import OtlpDelivery
+from tracelet.exporters.otlp_wire import Options, Reply, Sender, options_for
+from tracelet.guard import logger
+from tracelet.otlp.encode import SIGNALS
+from tracelet.otlp.plan import Ledger, Plan, heartbeat_load, plan
+from tracelet.records import Batch, Heartbeat, RunInfo
+
+__all__ = ["OTLPExporter"]
+
+
+class OTLPExporter:
+    """Sends what a run logs, straight from its records, over http/protobuf or gRPC.
+
+    `spec` and `secrets` are as `tracelet.backends` makes them; what they leave open comes from the
+    OTEL_EXPORTER_OTLP_* variables, read by OpenTelemetry's own exporters from this process's environment, of which
+    `environ` is a view.
+
+    A repeat of a batch has the same bytes, which OTLP receivers that keep points by series and time take without
+    effect. What the receiver refuses for good is found by halving, and named.
+
+    Raises:
+        ConfigError: a protocol that isn't http/protobuf or grpc.
+    """
+
+    max_points = 16_000  # 0.75 MB in one request, below Kafka's record limit
+    linger_s = 1.0
+    rising_limit_s: float | None = 60.0
+
+    def __init__(self, spec: Mapping[str, Any], secrets: Mapping[str, Any], environ: Mapping[str, str]) -> None:
+        signals = spec.get("signals")
+        self._signals = tuple(SIGNALS if signals is None else signals)
+        self._options = {signal: options_for(signal, spec, secrets, environ) for signal in self._signals}
+        self._senders: dict[str, Sender] = {}
+        self._files: dict[str, tuple[object, ...]] = {}
+        self._ledger = Ledger()
+        self._passes = 0
+        left_out = [signal for signal in SIGNALS if signal not in self._signals]
+        if left_out:
+            logger.info("OTLP: %s not sent, since no endpoint is set for them", " and ".join(left_out))
+
+    def open(self, run: RunInfo, memory: Mapping[str, Any]) -> Answer:
+        """OTLP has nothing to open; `memory` is what later batches need of earlier ones."""
+        self._ledger = Ledger.from_json(memory)
+        return Delivered()
+
+    def memory(self) -> Mapping[str, Any]:
+        """What later batches need of those that are through: see `tracelet.otlp.plan.Ledger`."""
+        return self._ledger.to_json()
+
+    def begin(self, batch: Batch, note: Mapping[str, Any] | None = None) -> OtlpDelivery:
+        """Prepare a batch; with `note`, make the very bytes that were made before."""
+        planned = plan(batch, self._ledger, note)
+        loads = [load for load in planned.loads if load.signal in self._signals]
+        return OtlpDelivery(loads, planned.note, self._send, lambda: self._passes, lambda: self._through(planned))
+
+    def beat(self, batch: Batch, heartbeat: Heartbeat) -> None:
+        """Send the run's state, once."""
+        if "metrics" not in self._signals:
+            return
+        if self._send("metrics", heartbeat_load(batch, heartbeat).encode()).kind == "accepted":
+            self._ledger.beat = max(self._ledger.beat, heartbeat.time_unix_nano)
+
+    def close(self) -> None:
+        """Let the connections go."""
+        for signal in tuple(self._senders):
+            self._drop(signal)
+
+    def _through(self, planned: Plan) -> None:
+        # A heartbeat may have gone out between the batch's attempts.
+        planned.after.beat = max(planned.after.beat, self._ledger.beat)
+        self._ledger = planned.after
+
+    def _send(self, signal: str, body: bytes) -> Reply:
+        sender = self._senders.get(signal)
+        if sender is None:
+            try:
+                sender = self._senders[signal] = _sender(self._options[signal])
+            except (RuntimeError, ValueError, OSError) as error:
+                # OTel's exporters raise these for a credential provider, number or file in their variables that is
+                # not right now; it may be right after somebody has looked.
+                return Reply("later", f"OTLP can't be set up: {error}", loud=True)
+            self._files[signal] = _fingerprint(self._options[signal])
+        reply = sender.send(body)
+        if reply.kind == "accepted":
+            self._passes += 1
+        elif reply.credentials or (
+            reply.kind == "later" and self._files[signal] != _fingerprint(self._options[signal])
+        ):
+            # Certificates and credential providers are read when a sender is made: the next try has new ones.
+            self._drop(signal)
+        return reply
+
+    def _drop(self, signal: str) -> None:
+        self._senders.pop(signal).close()
+
+
+def _sender(options: Options) -> Sender:
+    # Each transport takes 60 to 100 ms to import: only the one that is used is.
+    if options.protocol == "grpc":
+        from tracelet.exporters.otlp_grpc import GrpcSender
+
+        return GrpcSender(options)
+    from tracelet.exporters.otlp_http import HttpSender
+
+    return HttpSender(options)
+
+
+def _fingerprint(options: Options) -> tuple[object, ...]:
+    """Changes when one of the certificate or key files does."""
+    found: list[object] = []
+    for path in options.files():
+        try:
+            status = os.stat(path)
+        except OSError:
+            found.append(None)
+        else:
+            found.append((status.st_mtime_ns, status.st_size, status.st_ino))
+    return tuple(found)

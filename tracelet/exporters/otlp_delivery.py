@@ -1,0 +1,173 @@
+"""One batch on its way to an OTLP receiver: what went, what waits, and what the receiver will never take.
+
+A request that is refused is halved until the items at fault stand alone, so that they alone are given up. What was
+acknowledged is not sent again.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tracelet.exporters.base import Answer, Delivered, Refusal, Rejected, RetryLater
+from tracelet.exporters.otlp_wire import Reply
+from tracelet.guard import guard
+from tracelet.otlp import semconv
+from tracelet.otlp.encode import Load
+
+__all__ = ["OtlpDelivery"]
+
+_FAULTS_BEFORE_DOUBT = 5  # so many 500s for one request while others pass, and the request is looked into
+_PASSES_BETWEEN = 3  # a lone item is given up when others passed between so many of its 500s in a row
+
+
+@dataclass(slots=True)
+class _Job:
+    load: Load
+    faults: int = 0
+    passes_seen: int = 0  # of the exporter, at the last fault
+    passed_between: int = 0
+
+
+class OtlpDelivery:
+    """Sends the loads of a batch in order, through `send`; `passes()` counts the requests that went through."""
+
+    def __init__(
+        self,
+        loads: Sequence[Load],
+        note: Mapping[str, Any],
+        send: Callable[[str, bytes], Reply],
+        passes: Callable[[], int],
+        done: Callable[[], None],
+    ) -> None:
+        self._jobs = deque(_Job(load) for load in loads)
+        self._note = note
+        self._send = send
+        self._passes = passes
+        self._done = done
+        self._refusals: list[Refusal] = []
+
+    @property
+    def note(self) -> Mapping[str, Any]:
+        """What a repeat after a restart needs to make the same bytes."""
+        return self._note
+
+    def attempt(self) -> Answer:
+        """Send what is still to be sent."""
+        aside: list[_Job] = []
+        later: RetryLater | None = None
+        blocked: set[str] = set()
+        passes_before = self._passes()
+        while self._jobs:
+            job = self._jobs[0]
+            if job.load.signal in blocked:
+                aside.append(self._jobs.popleft())
+                continue
+            encoded = job.load.encode()
+            if len(encoded) > semconv.REQUEST_MAX_BYTES and len(job.load) > 1:
+                self._halve()
+                continue
+            reply = self._send(job.load.signal, encoded)
+            if reply.kind == "later":
+                later = self._worst(later, reply)
+                if not reply.elsewhere:
+                    break  # the receiver itself is not there, or not for us
+                blocked.add(job.load.signal)  # the other signals have addresses of their own
+            elif reply.kind == "fault":
+                self._jobs.popleft()
+                if not self._doubt(job, reply, passes_before):
+                    aside.append(job)
+                    later = self._worst(later, reply)
+            else:
+                self._settle(job, reply)
+        self._jobs.extendleft(reversed(aside))
+        if self._jobs:
+            return later or RetryLater("requests are left to be sent", after_s=0.0)
+        self._done()
+        return Rejected(tuple(self._refusals)) if self._refusals else Delivered()
+
+    @staticmethod
+    def _worst(so_far: RetryLater | None, reply: Reply) -> RetryLater:
+        """What the shipper hears of several replies: the loud one, and the longest wait asked for."""
+        new = RetryLater(reply.reason, reply.after_s, reply.loud)
+        if so_far is None:
+            return new
+        waits = [wait for wait in (so_far.after_s, new.after_s) if wait is not None]
+        loud = new if new.loud and not so_far.loud else so_far
+        return RetryLater(loud.reason, max(waits) if waits else None, loud.loud)
+
+    def _settle(self, job: _Job, reply: Reply) -> None:
+        """An answer that is final for the first job: taken, taken in part, or refused as it stands."""
+        if reply.kind == "accepted":
+            self._jobs.popleft()
+            if reply.rejected > 0:
+                self._refusals.extend(self._located(job.load, reply.rejected, reply.reason))
+            elif reply.reason:
+                guard.limited("otlp warning", "the OTLP receiver warns: %s", reply.reason)
+        elif len(job.load) == 1:
+            self._jobs.popleft()
+            self._refusals.extend(_refused(job.load, reply.reason))
+        else:
+            self._halve()
+
+    def _halve(self) -> None:
+        job = self._jobs.popleft()
+        self._jobs.extendleft(_Job(half) for half in reversed(job.load.halves()))
+
+    def _doubt(self, job: _Job, reply: Reply, passes_before: int) -> bool:
+        """After a 500: whether the request itself was looked into, so that it need not wait as it is.
+
+        A 500 may be the server's trouble or this request's (Prometheus answers so to a name without a Latin letter).
+        It is held to be the request's only where others pass at the same time.
+        """
+        passes = self._passes()
+        job.passed_between = job.passed_between + 1 if job.faults and passes > job.passes_seen else 0
+        job.faults += 1
+        job.passes_seen = passes
+        if job.faults < _FAULTS_BEFORE_DOUBT:
+            return False
+        if len(job.load) == 1:
+            if passes == passes_before and job.passed_between < _PASSES_BETWEEN:
+                return False
+            self._refusals.extend(_refused(job.load, reply.reason))
+            return True
+        halves = job.load.halves()
+        replies = [self._send(half.signal, half.encode()) for half in halves]
+        if self._passes() == passes_before:
+            job.faults = 0  # nothing passes: the server's trouble, and the request stays whole
+            return False
+        for half, answer in zip(reversed(halves), reversed(replies), strict=True):
+            if answer.kind == "accepted":
+                if answer.rejected:
+                    self._refusals.extend(self._located(half, answer.rejected, answer.reason))
+                continue
+            self._jobs.appendleft(_Job(half, _FAULTS_BEFORE_DOUBT - 1, self._passes(), job.passed_between))
+        return True
+
+    def _located(self, load: Load, count: int, reason: str) -> list[Refusal]:
+        """Name the items that a partial success rejected, by sending the halves again, where that tells.
+
+        A repeat has no effect at a receiver that takes repeats. Where the counts of the halves don't add up (one that
+        calls every repeat a duplicate), nothing more is sent, and the count stands for the names.
+        """
+        if count >= len(load):
+            return _refused(load, reason)
+        halves = load.halves()
+        replies = [self._send(half.signal, half.encode()) for half in halves]
+        if any(r.kind != "accepted" for r in replies) or sum(r.rejected for r in replies) != count:
+            what, first = load.describe(0)
+            facts = {"count": count, "of": len(load), "first": first, "last": load.describe(len(load) - 1)[1]}
+            return [Refusal(what, reason or "rejected without a reason", facts)]
+        return [
+            refusal
+            for half, answer in zip(halves, replies, strict=True)
+            if answer.rejected
+            for refusal in self._located(half, answer.rejected, answer.reason or reason)
+        ]
+
+
+def _refused(load: Load, reason: str) -> list[Refusal]:
+    described = (load.describe(i) for i in range(len(load)))
+    return [Refusal(what, reason or "rejected without a reason", facts) for what, facts in described]

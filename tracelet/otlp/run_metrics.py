@@ -1,0 +1,92 @@
+"""The run's own gauges and counters (scope `tracelet.run`), and the end markers of the user's series."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from tracelet import ids
+from tracelet.otlp import semconv
+from tracelet.otlp.encode import attributes
+from tracelet.otlp.encode_points import wire_text
+from tracelet.records import Heartbeat, RunInfo, Scalar, WriterOpened
+
+if TYPE_CHECKING:
+    from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric
+
+__all__ = ["MILLISECOND", "end_marker", "heartbeat_metrics", "nonfinite", "status"]
+
+MILLISECOND = 1_000_000  # Prometheus tells two points of a series apart only from here on
+_NO_RECORDED_VALUE = 1  # DataPointFlags.FLAG_NO_RECORDED_VALUE
+
+
+def _gauge(name: str, time: int, value: float, unit: str = "", values: Mapping[str, Scalar] | None = None) -> Metric:
+    from opentelemetry.proto.metrics.v1.metrics_pb2 import Gauge, Metric, NumberDataPoint
+
+    point = NumberDataPoint(time_unix_nano=time, as_double=value, attributes=attributes(values or {}))
+    return Metric(name=name, unit=unit, gauge=Gauge(data_points=[point]))
+
+
+def status(time: int, state: str) -> list[Metric]:
+    """`tracelet.run.status`: 1 for the state the run is in, 0 for each of the others."""
+    return [
+        _gauge(semconv.RUN_STATUS, time, float(each == state), values={semconv.STATE: each}) for each in semconv.STATES
+    ]
+
+
+def heartbeat_metrics(run: RunInfo, opened: WriterOpened, heartbeat: Heartbeat) -> list[Metric]:
+    """What is sent again every 30 s, since Prometheus forgets a series after 5 minutes."""
+    time = heartbeat.time_unix_nano
+    info: dict[str, Scalar] = {
+        semconv.PROJECT: run.project,
+        semconv.EXPERIMENT_NAME: run.experiment_name,
+        semconv.RUN_NAME: run.run_name,
+        semconv.RUN_ATTEMPT: opened.resource.get(semconv.RUN_ATTEMPT, opened.attempt_key),
+        semconv.ATTEMPT_STARTED: opened.attempt_started_unix_nano,
+        semconv.HOST_NAME: opened.resource.get(semconv.HOST_NAME, ""),
+        semconv.TRACE_ID: ids.trace_id(run.run_id, opened.attempt_key),
+    }
+    for destination, run_id in heartbeat.backend_ids.items():
+        if destination.startswith("mlflow"):
+            info[semconv.MLFLOW_RUN_ID] = run_id
+    metrics = [
+        _gauge(semconv.RUN_INFO, time, 1.0, values=info),
+        *status(time, heartbeat.state),
+        _gauge(semconv.RUN_HEARTBEAT, time, time / 1e9, "s"),
+    ]
+    if heartbeat.last_iteration_unix_nano is not None:
+        metrics.append(_gauge(semconv.LAST_ITERATION_TIME, time, heartbeat.last_iteration_unix_nano / 1e9, "s"))
+    return metrics
+
+
+def nonfinite(key: str, start: int, time: int, total: int) -> Metric:
+    """How many NaN and infinite values metric `key` has had so far: some backends drop the values themselves."""
+    from opentelemetry.proto.metrics.v1.metrics_pb2 import AggregationTemporality, Metric, NumberDataPoint, Sum
+
+    point = NumberDataPoint(
+        start_time_unix_nano=start,
+        time_unix_nano=time,
+        as_int=total,
+        attributes=attributes({semconv.METRIC_KEY: key}),
+    )
+    temporality = AggregationTemporality.AGGREGATION_TEMPORALITY_CUMULATIVE
+    return Metric(
+        name=semconv.NONFINITE,
+        sum=Sum(data_points=[point], aggregation_temporality=temporality, is_monotonic=True),
+    )
+
+
+def end_marker(name: str, last: int) -> Metric:
+    """The point that says a series has ended: dashboards and alerts stop at once instead of after 5 minutes."""
+    from opentelemetry.proto.metrics.v1.metrics_pb2 import Gauge, Metric, NumberDataPoint
+
+    point = NumberDataPoint(time_unix_nano=last + MILLISECOND, flags=_NO_RECORDED_VALUE)
+    return Metric(name=wire_text(name), gauge=Gauge(data_points=[point]))
+
+
+def end_markers(series: Iterable[tuple[str, int]]) -> list[Metric]:
+    """One end marker for each name, after the latest of its times."""
+    latest: dict[str, int] = {}
+    for name, last in series:
+        latest[name] = max(last, latest.get(name, 0))
+    return [end_marker(name, last) for name, last in latest.items()]
