@@ -14,7 +14,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from types import FrameType
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 from tracelet.guard import guard, logger
 from tracelet.records import FAILED, FINISHED, KILLED, ErrorInfo
@@ -71,7 +71,7 @@ def enter(member: Member, *, drain_on_sigterm: bool) -> None:
             _exit_code = None
             _seen_before = _last_exception()
             _exit = sys.exit
-            sys.exit = _recording_exit
+            sys.exit = cast(Any, _recording_exit)
         _members.append(member)
         _starts += 1
         if drain_on_sigterm:
@@ -88,7 +88,7 @@ def leave(member: Member) -> None:
             return
         if _exit is not None:
             if sys.exit is _recording_exit:
-                sys.exit = _exit  # type: ignore[assignment]
+                sys.exit = cast(Any, _exit)
             _exit = None
         if _sigterm_ours and threading.current_thread() is threading.main_thread():
             if signal.getsignal(signal.SIGTERM) is _on_sigterm:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from tracelet import codec, ids, launch
 from tracelet.collectors import environment
-from tracelet.core import process, values
+from tracelet.core import artifacts, process, values
 from tracelet.core.process import Ending
-from tracelet.errors import RunClosed
+from tracelet.errors import RunClosed, SpoolError
 from tracelet.guard import guard, logger
 from tracelet.records import (
     FlushAsked,
@@ -29,7 +29,7 @@ from tracelet.records import (
 from tracelet.settings import Settings
 from tracelet.spool import lease, store
 from tracelet.spool.cursor import Progress
-from tracelet.spool.writer import Address, Writer
+from tracelet.spool.writer import Writer
 
 __all__ = ["Run", "Stats", "Ticket"]
 
@@ -83,6 +83,7 @@ class Run:
         self._role = role
         self._owner_pid = os.getpid()
         self.closed = False
+        self.refused_records = 0  # params, tags, spans, artifacts for which there was no room
         self._cannot_outlive = launch.can_outlive(ticket.environ or os.environ)
         self._progress: Progress | None = None
         self._in_process: Any = None
@@ -118,7 +119,7 @@ class Run:
             SpoolError: the folder can't be made or written, or is of an unknown format.
         """
         now = time.time_ns()
-        run_id = settings.run_id or ids.new_run_id()
+        run_id = ids.new_run_id() if settings.run_id is None else ids.valid_run_id(settings.run_id)
         attempt_key = ids.new_attempt_key()
         rank = 0
         resource = environment.resource(
@@ -145,22 +146,17 @@ class Run:
             environ=settings.environ,
             secrets=secrets,
         )
-        store.add_attempt(
-            folder,
-            run_id=run_id,
-            project=settings.project,
-            experiment_name=settings.experiment_name,
-            run_name=settings.experiment_name,
-            attempt=store.Attempt(
-                key=attempt_key,
-                started_unix_nano=now,
-                pid=os.getpid(),
-                rank=rank,
-                destinations=list(destinations),
-                shipper=settings.shipper,
-                keep=settings.keep,
-            ),
+        attempt = store.Attempt(
+            key=attempt_key,
+            started_unix_nano=now,
+            pid=os.getpid(),
+            rank=rank,
+            destinations=destinations,
+            shipper=settings.shipper,
+            extra={"keep": asdict(settings.keep)},
         )
+        fresh = store.Manifest(run_id, settings.project, settings.experiment_name, settings.experiment_name)
+        store.update_manifest(folder, lambda before: (before or fresh).with_attempt(attempt))
         run = cls(ticket, "first")
         facts = environment.take(settings.environ, settings.cwd, settings.argv)
         run.put(
@@ -187,18 +183,41 @@ class Run:
 
     # ---- records ------------------------------------------------------------------------------------------------
 
-    def put(self, record: Record) -> Address:
-        """Write one record that is not a metric value.
+    def put(self, record: Record) -> None:
+        """Write one record that is not a metric value; with no room for it, that is counted and said.
 
         Raises:
             RunClosed: after `end`.
-            SpoolFull: no room; nothing was written.
         """
         if self.closed:
             raise self.closed_error()
         process.forget_exit_code()
         kind, payload = codec.encode(record)
-        return self.writer.frame(kind, payload, time.time_ns())
+        try:
+            self.writer.frame(kind, payload, time.time_ns())
+        except SpoolError as error:
+            # Training goes on whatever the disk does; the log line and the count are where it shows.
+            self.refused_records += 1
+            what = type(record).__name__
+            guard.limited("write a record", "a record (%s) is lost, %d so far: %s", what, self.refused_records, error)
+
+    def take_artifact(self, source: str | os.PathLike[str], path: str | None, copy: bool | None) -> None:
+        """Take an artifact's bytes and write its records; no room for the copy is counted and said.
+
+        Raises:
+            InvalidValue: nothing there, or a `path` that leads outside the run.
+            RunClosed: after `end`.
+        """
+        limit = self.ticket.max_bytes
+        room = None if limit is None else max(0, limit - store.usage(self.folder))
+        try:
+            taken = artifacts.take(source, path, self.folder, copy, room=room)
+        except SpoolError as error:
+            self.refused_records += 1
+            guard.limited("take an artifact", "artifact %s is not recorded: %s", source, error)
+            return
+        for record in taken:
+            self.put(record)
 
     def _opening(self, role: str) -> tuple[int, bytes]:
         ticket = self.ticket
@@ -245,7 +264,7 @@ class Run:
         if here and self._in_process is None:
             module = import_module("tracelet.shipper.inprocess")
             self._in_process = module.start(self.folder, here, ticket.secrets, ticket.environ)
-        if len(here) == len(ticket.destinations) or lease.shipper_is_alive(self.folder):
+        if len(here) == len(ticket.destinations) or lease.shipper_alive(self.folder) is not None:
             return
         if self._shipper is not None and not self._shipper.has_ended():
             return  # on its way to the lock
