@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tracelet.errors import SpoolError
-from tracelet.spool.journal import FORMAT, Intent, State, intent_to_json, line, parse
+from tracelet.spool.journal import Intent, State, intent_to_json, line, opening, parse
 from tracelet.spool.points import Address
 from tracelet.spool.reader import Position, SlotRange
 from tracelet.spool.store import MANIFEST, read_manifest
@@ -50,7 +50,7 @@ class Journal:
         try:
             self._size = self._load()
             if self._size == 0:
-                self._append("journal", {"format": FORMAT, "destination": destination_id})
+                self._write(opening(destination_id))
         except BaseException:
             os.close(self._fd)
             raise
@@ -115,7 +115,9 @@ class Journal:
     # ---- what is written --------------------------------------------------------------------------------------
 
     def _append(self, kind: str, body: Mapping[str, Any]) -> None:
-        data = line(kind, body)
+        self._write(line(kind, body))
+
+    def _write(self, data: bytes) -> None:
         written = 0
         try:
             while written < len(data):
@@ -227,6 +229,7 @@ class _Tail:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._key: tuple[int, int] = (-1, -1)  # inode and size, as last seen
+        self._head = b""  # how the file begins: its mark
         self._offset = 0
         self._reread: int | None = None  # the offset of a bad line for which the file was read again
         self.state = State(keep_stamps=False)
@@ -242,9 +245,10 @@ class _Tail:
             return False
         try:
             stat = os.fstat(fd)
-            if stat.st_ino != self._key[0] or stat.st_size < self._offset:
+            head = os.pread(fd, 64, 0)
+            if not self._head or head != self._head or stat.st_size < self._offset:
                 self._restart()
-                self._reread = None
+                self._head, self._reread = head, None
             if self._read(fd) is not None:  # the writer may have cut a torn line and gone on: once more from the top
                 self._restart()
                 self._reread = self._read(fd)

@@ -7,6 +7,7 @@ A line is `<crc32 of the rest, 8 hex digits> <kind> <JSON>\\n`. Kinds: `journal`
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +37,11 @@ def line(kind: str, body: Mapping[str, Any]) -> bytes:
     """The bytes of one line."""
     rest = f"{kind} {json.dumps(body, separators=(',', ':'))}".encode("ascii")
     return b"%08x %s\n" % (crc32(rest), rest)
+
+
+def opening(destination: str) -> bytes:
+    """The first line of a journal; its random mark tells a follower that the file is another one."""
+    return line("journal", {"mark": os.urandom(8).hex(), "format": FORMAT, "destination": destination})
 
 
 def parse(text: bytes) -> tuple[str, str] | None:
@@ -120,7 +126,7 @@ class State:
                     version=body["format"],
                 )
         elif kind == "intent":
-            if self.pending is not None:
+            if self.pending is not None and body["n"] > self.pending.number:
                 self.acked()  # its `ack` was lost to a damaged line; the next intent proves it
             self.pending = _intent(body)
             self.number = self.pending.number
@@ -152,7 +158,7 @@ class State:
     def snapshot(self, destination: str) -> list[bytes]:
         """The lines of a journal that says just this."""
         lines = [
-            line("journal", {"format": FORMAT, "destination": destination}),
+            opening(destination),
             line(
                 "snapshot",
                 {

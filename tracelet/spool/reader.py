@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import re
-from array import array
+import sys
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -223,18 +223,19 @@ class SpoolReader:
                 number = later[0]  # older ones were deleted after their delivery
                 continue
             last = self._sealed_end(file)
-            rolled = slot < last and (dead or file.seal is not None or self._exists(writer, number + 1))
-            window = last if rolled else min(last, slot + max(room, _PEEK))
-            taken, slot, opened = self._window(writer, number, file, slot, window, room, dead)
-            for first, end in taken:
+            rolled = self._exists(writer, number + 1)
+            whole = rolled or dead or file.seal is not None
+            window = last if whole else min(last, slot + max(room, _PEEK))
+            stretches, slot, opened = self._window(writer, number, file, slot, window, room, dead, rolled)
+            for first, end in stretches:
                 _extend(ranges, writer, number, first, end)
                 room -= end - first
             still_open.extend(opened)
-            if taken:
-                self._look_back(writer, number, slot)
-            if slot >= last and self._exists(writer, number + 1):
+            if stretches:
+                self._look_back(writer, number, stretches[-1][1])
+            if slot >= last and rolled:
                 number, slot = number + 1, 0
-            elif not taken:
+            elif not stretches:
                 break
         return tuple(ranges), Position(number, slot, tuple(still_open))
 
@@ -268,40 +269,41 @@ class SpoolReader:
         return settled
 
     def _window(  # noqa: PLR0917
-        self, writer: str, number: int, file: _File, first: int, window: int, room: int, dead: bool
+        self, writer: str, number: int, file: _File, first: int, window: int, room: int, dead: bool, rolled: bool
     ) -> tuple[list[tuple[int, int]], int, list[tuple[int, int]]]:
-        """Closed stretches of [first, window), at most `room` slots; the slot to go on at; slots left open."""
+        """Closed stretches of [first, window), at most `room` slots; the slot to go on at; slots left open.
+
+        A slot without a marker is in flight where something stands behind it (in this segment or, `rolled`, in the
+        next one), else it has not been taken yet.
+        """
         header = file.header
         assert header is not None
         if file.seal is not None:  # nothing in it is in flight; `read` tells what is damaged
-            end = min(window, first + room)
+            end = max(first, min(window, first + room))
             return ([(first, end)] if end > first else []), end, []
         view = file.markers(first, window)
         count = min(len(view), room)
-        point = array("I", [header.base | POINT])
-        if self._strong_order and count and view[:count].tobytes() == point.tobytes() * count:
+        if self._strong_order and count and view[:count].tobytes() == _word(header.base | POINT) * count:
             return [(first, first + count)], first + count, []
         kinds = (header.base | POINT, header.base | FRAME, header.base | VOID)
-        closed = [i for i, marker in enumerate(view.tolist()) if marker in kinds]
-        if not self._strong_order and not dead and file.seal is None:
-            looked = {(number, first + i) for i in range(len(view))}
-            settled = self._settled(writer, {(number, first + i) for i in closed}, looked)
-            closed = [i for i in closed if (number, first + i) in settled]
-        del closed[room:]
-        if not closed:
-            # Nothing stands in it any more that could be delivered: for good only if nobody can still write there.
-            return [], (window if dead else first), []
+        closed = [first + i for i, marker in enumerate(view.tolist()) if marker in kinds]
+        if not self._strong_order and not dead:
+            looked = {(number, slot) for slot in range(first, first + len(view))}
+            settled = self._settled(writer, {(number, slot) for slot in closed}, looked)
+            closed = [slot for slot in closed if (number, slot) in settled]
+        end = window if rolled and len(closed) <= room else (closed[:room] or [first - 1])[-1] + 1
         stretches: list[tuple[int, int]] = []
-        begin = previous = closed[0]
-        missing = list(range(begin))
-        for i in closed[1:]:
-            if i != previous + 1:
-                stretches.append((first + begin, first + previous + 1))
-                missing.extend(range(previous + 1, i))
-                begin = i
-            previous = i
-        stretches.append((first + begin, first + previous + 1))
-        return stretches, first + previous + 1, [] if dead else [(number, first + i) for i in missing]
+        missing: list[tuple[int, int]] = []
+        at = first
+        for slot in closed[:room]:
+            if stretches and slot == at:
+                stretches[-1] = (stretches[-1][0], slot + 1)
+            else:
+                missing.extend((number, open_slot) for open_slot in range(at, slot))
+                stretches.append((slot, slot + 1))
+            at = slot + 1
+        missing.extend((number, open_slot) for open_slot in range(at, end))
+        return stretches, end, [] if dead else missing
 
     # ---- the END ----------------------------------------------------------------------------------------------
 
@@ -340,7 +342,7 @@ class SpoolReader:
         damaged += [Damage(writer, number, a, b, "checksum of a sealed page") for a, b in bad]
         base = file.header.base
         view = memoryview(data).cast("I")[7::8]
-        if not bad and view.tobytes() == (base | POINT).to_bytes(4, "little") * whole:
+        if not bad and view.tobytes() == _word(base | POINT) * whole:
             return Taken(data, (), 0, tuple(damaged))
         skip = {slot for a, b in bad for slot in range(a, b)}
         records: list[bytes] = []
@@ -416,6 +418,10 @@ class SpoolReader:
         """Let the files go."""
         while self._files:
             os.close(self._files.popitem()[1].fd)
+
+
+def _word(marker: int) -> bytes:
+    return marker.to_bytes(4, sys.byteorder)
 
 
 def _is_closed(marker: int, base: int) -> bool:
