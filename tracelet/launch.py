@@ -7,6 +7,7 @@ input: they are never in a file, an argument list or the environment.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -68,26 +69,39 @@ def start_shipper(
     if not sys.executable:
         raise OSError("this interpreter doesn't know its own path (sys.executable is empty)")
     line = json.dumps(secrets).encode("ascii") + b"\n"
-    with open(folder / "shipper.log", "ab", buffering=0) as log:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _MAIN, _PACKAGE_ROOT, str(folder)],
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=log,
-            close_fds=True,  # an inherited pipe would keep its reader waiting for as long as the shipper lives
-            start_new_session=True,
-            env=_environment(environ),
-        )
-    started = ShipperProcess(process)
-    pipe = process.stdin
-    assert pipe is not None
+    reading, writing = os.pipe()
     try:
-        # A pipe takes 64 kB without a reader; secrets are a few hundred bytes.
-        pipe.write(line)
-        pipe.close()
-    except BrokenPipeError:
-        pass  # it ended at once; its log says why, and the lock shows that nobody ships
-    return started
+        try:
+            # Written before there is a reader that might have ended: no wait, and no SIGPIPE.
+            _fill(writing, line)
+        finally:
+            os.close(writing)
+        with open(folder / "shipper.log", "ab", buffering=0, opener=_private) as log:
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-c", _MAIN, _PACKAGE_ROOT, str(folder)],
+                stdin=reading,
+                stdout=log,
+                stderr=log,
+                close_fds=True,  # an inherited pipe would keep its reader waiting for as long as the shipper lives
+                start_new_session=True,
+                env=_environment(environ),
+            )
+    finally:
+        os.close(reading)
+    return ShipperProcess(process)
+
+
+def _fill(pipe: int, line: bytes) -> None:
+    """Put all of `line` into a pipe that nobody reads yet: 64 kB go in as it is, on Linux 1 MiB after asking."""
+    if len(line) > 65_536 and hasattr(fcntl, "F_SETPIPE_SZ"):
+        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, 1 << 20)
+    os.set_blocking(pipe, False)
+    if os.write(pipe, line) != len(line):
+        raise OSError(f"the destinations' secrets take {len(line)} bytes, more than a pipe holds")
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _environment(environ: Mapping[str, str]) -> dict[str, str]:
