@@ -6,11 +6,19 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.servers import MLflowServer, mlflow_server
+from tests.servers import MlflowServer, shared_mlflow
+from tests.sinks import HttpSink
 
 
 @pytest.fixture(scope="session")
-def mlflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MLflowServer]:
-    """A real MLflow server with one worker and an sqlite database."""
-    with mlflow_server(tmp_path_factory.mktemp("mlflow")) as server:
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    """A real MLflow server with one worker and an sqlite database; one for the whole session."""
+    with shared_mlflow(tmp_path_factory.mktemp("mlflow")) as server:
         yield server
+
+
+@pytest.fixture
+def otlp_sink() -> Iterator[HttpSink]:
+    """A real OTLP receiver over HTTP, empty at the start of each test."""
+    with HttpSink() as sink:
+        yield sink
