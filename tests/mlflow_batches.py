@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
+
+import pytest
 
 from tracelet.exporters.base import Delivered, RetryLater
 from tracelet.exporters.mlflow.exporter import MLflowExporter
@@ -58,11 +60,27 @@ def run_info(run_id: str, project: str = "tests", run_name: str = "test run") ->
 
 
 def opened_exporter(
-    uri: str, run: RunInfo, memory: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None, **spec: Any
+    uri: str,
+    run: RunInfo,
+    memory: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] | None = None,
+    **spec: Any,
 ) -> MLflowExporter:
     exporter = MLflowExporter({"tracking_uri": uri, **spec}, {}, environ or {})
+    _opened.append(exporter)
     assert exporter.open(run, memory or {}) == Delivered()
     return exporter
+
+
+_opened: list[MLflowExporter] = []
+
+
+@pytest.fixture(autouse=True)
+def exporters_closed() -> Iterator[None]:
+    """Closes what `opened_exporter` opened; a test module imports it."""
+    yield
+    while _opened:
+        _opened.pop().close()
 
 
 def deliver(exporter: MLflowExporter, *batches: Batch) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import posixpath
 import shutil
@@ -27,6 +28,7 @@ from tracelet.records import ArtifactLogged
 __all__ = ["ArtifactStore", "unsafe"]
 
 _PROXY = "/api/2.0/mlflow-artifacts/artifacts/"
+_LIST = "/api/2.0/mlflow-artifacts/artifacts"
 _CHUNK = 1 << 20
 
 
@@ -153,12 +155,30 @@ def _through_proxy(connection: Connection, path: str, original: _Original | _Tex
     kind = "application/octet-stream"
     reply = connection.request("PUT", address, stream=(original.file, original.size), content_type=kind)
     if reply.status != 200:
+        if reply.status >= 500 and (taken := _taken(connection, path)) is not None:
+            raise Refused("ALREADY_EXISTS", taken)
         raise explain(reply, connection)
     try:
         original.check()
     except _Changed:
         connection.request("DELETE", address)  # a mixture of two states is nobody's file
         raise
+
+
+def _taken(connection: Connection, path: str) -> str | None:
+    """Why a server that fails with 5xx will always fail: a file stands where `path` needs a folder, or the reverse."""
+    parts = path.split("/")
+    for depth in range(3, len(parts)):  # experiment, run and "artifacts" are MLflow's own
+        folder, name = "/".join(parts[:depth]), parts[depth]
+        reply = connection.request("GET", f"{_LIST}?path={quote(folder, safe='')}")
+        try:
+            entries = {file["path"]: bool(file.get("is_dir")) for file in json.loads(reply.body).get("files", ())}
+        except (ValueError, AttributeError, KeyError, TypeError):
+            return None
+        is_last = depth == len(parts) - 1
+        if entries.get(name) is is_last:  # a folder where the file should go, a file where a folder should be
+            return f"{'/'.join(parts[3 : depth + 1])!r} is already a {'folder' if is_last else 'file'} of this run"
+    return None
 
 
 def _into_folder(root: Path, path: str, original: _Original | _Text) -> None:
@@ -180,9 +200,10 @@ def _into_folder(root: Path, path: str, original: _Original | _Text) -> None:
         except BaseException:
             os.unlink(temporary)
             raise
+    except (FileExistsError, IsADirectoryError, NotADirectoryError) as error:
+        raise Refused("ALREADY_EXISTS", f"a file stands where a folder is needed, or the reverse: {error}") from error
     except OSError as error:
-        loud = not isinstance(error, FileNotFoundError)
-        raise NotNow(f"can't write the artifact {target}: {error}", loud=loud) from error
+        raise NotNow(f"can't write the artifact {target}: {error}", loud=True) from error
 
 
 def _umask() -> int:

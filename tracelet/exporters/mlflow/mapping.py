@@ -9,7 +9,7 @@ import hashlib
 import math
 import os.path
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tracelet.exporters.base import Refusal
 from tracelet.exporters.mlflow.limits import (
@@ -20,7 +20,7 @@ from tracelet.exporters.mlflow.limits import (
     SQL_INFINITY,
     TAG_VALUE_CHARS,
 )
-from tracelet.exporters.mlflow.names import encodable, file_name, legal_name, shorten, text_of
+from tracelet.exporters.mlflow.names import encodable, file_name, legal_name, legal_path, shorten, text_of
 from tracelet.exporters.mlflow.transport import Latest, MetricRow
 from tracelet.records import (
     ArtifactLogged,
@@ -157,7 +157,7 @@ def plan_of(batch: Batch, rows: Sequence[MetricRow], params: Mapping[str, str], 
             elif isinstance(record, TagsSet):
                 plan.add_tags(record.tags)
             elif isinstance(record, ArtifactLogged):
-                plan.made.artifacts.append(record)
+                plan.add_artifact(record)
             elif isinstance(record, RunStarted):
                 plan.add_run_tags(record.mlflow_tags)
             elif isinstance(record, AttemptEnded):
@@ -220,6 +220,14 @@ class _Planner:
                 continue
             key = legal_name(name)
             self.set_tag(key, self._fit(text_of(value), TAG_VALUE_CHARS, "tags", key))
+
+    def add_artifact(self, artifact: ArtifactLogged) -> None:
+        path = legal_path(artifact.path)
+        if path != artifact.path:
+            self.set_tag(
+                legal_name(NAME_TAG + path), self._fit(encodable(artifact.path), TAG_VALUE_CHARS, "tags", path)
+            )
+        self.made.artifacts.append(replace(artifact, path=path))
 
     def add_run_tags(self, tags: Mapping[str, str]) -> None:
         """A resumed run keeps the user, source and commit it was made with, as with MLflow's own client."""

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 from tracelet.exporters.mlflow.limits import KEY_CHARS, MARKED_NAME_CHARS
 
-__all__ = ["capped", "digest", "encodable", "file_name", "legal_name", "shorten", "text_of"]
+__all__ = ["capped", "digest", "encodable", "file_name", "legal_name", "legal_path", "shorten", "text_of"]
 
 # utils/validation.py validate_param_and_metric_name: `\w` is Unicode's. MLflow's own pattern ends in `$`, which lets a
 # trailing newline pass; ours doesn't.
@@ -33,7 +33,7 @@ def legal_name(name: str) -> str:
 
     Example:
         >>> legal_name("train/loss"), legal_name("accuracy@5")
-        ('train/loss', 'accuracy_5-5bf2a9c8')
+        ('train/loss', 'accuracy_5-aec7bbf4')
     """
     if len(name) <= KEY_CHARS and _LEGAL.fullmatch(name) is not None and _is_own_path(name):
         return name
@@ -46,6 +46,24 @@ def legal_name(name: str) -> str:
 def _is_own_path(name: str) -> bool:
     normal = posixpath.normpath(name)
     return normal == name and normal != "." and not normal.startswith(("..", "/"))
+
+
+# utils/uri.py validate_path_is_safe, at the server: decodes %XX until none is left, refuses '#', escapes control
+# characters. Lone surrogates (a file name that is not UTF-8) can't be written into an address.
+_ILLEGAL_IN_PATH = re.compile("%[0-9A-Fa-f]{2}|[#\\x00-\\x1f\\x7f\ud800-\udfff]")
+
+
+def legal_path(path: str) -> str:
+    """`path` itself if MLflow keeps an artifact's path as it is, else a form with 8 digits of the original's hash.
+
+    Example:
+        >>> legal_path("plots/loss.png"), legal_path("plots/50%25.png")
+        ('plots/loss.png', 'plots/50_-757d185c.png')
+    """
+    if _ILLEGAL_IN_PATH.search(path) is None:
+        return path
+    stem, extension = posixpath.splitext(_ILLEGAL_IN_PATH.sub("_", path))
+    return f"{stem}-{digest(path)}{extension}"
 
 
 def text_of(value: object) -> str:
