@@ -295,7 +295,7 @@ class Run:
             if reached(progress):
                 return True
             now = time.monotonic()
-            state = [(d.delivered, d.refused, d.marks) for d in progress.destinations.values()]
+            state = [(dict(d.positions), d.refused, dict(d.done)) for d in progress.destinations.values()]
             if state != before:
                 before, moved = state, now
             if timeout_s is not None and now - started >= timeout_s:
@@ -314,7 +314,7 @@ class Run:
         if not self.closed:
             self.put(FlushAsked(time.time_ns()))
         heads = self.writer.heads()
-        done = self.wait(lambda p: all(p.passed(head) for head in heads), timeout_s=timeout_s)
+        done = self.wait(lambda p: all(p.reached(head) for head in heads), timeout_s=timeout_s)
         self.tell_links()
         return done
 
@@ -400,7 +400,7 @@ class Run:
 
         def reached(progress: Progress) -> bool:
             if provisional:  # the rest comes after this process is gone
-                return all(progress.passed(head) for head in heads)
+                return all(progress.reached(head) for head in heads)
             return all(
                 d["id"] in progress.destinations and ticket.attempt_key in progress.destinations[d["id"]].done
                 for d in ticket.destinations

@@ -120,6 +120,8 @@ def to_float(name: str, value: object) -> float:
             raise _not_a_number(name, value)
         if dtype_kind == "O" and hasattr(value, "item"):  # a 0-d array of any object: what it holds decides
             return to_float(name, value.item())
+        if getattr(value, "requires_grad", False) is True:
+            value = value.detach()  # type: ignore[attr-defined] # PyTorch warns of converting one that is in a graph
     try:
         number = float(value)  # type: ignore[arg-type]
     except OverflowError:
