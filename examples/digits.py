@@ -61,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     history, model, data = train(exp, config)
     log_files(exp, config, model, data)
 
-    delivered = exp.flush(timeout=120)
+    print("delivering ...", flush=True)
+    delivered = exp.flush(timeout=60)
     exp.stop()
     print_summary(exp, history, delivered)
     return 0 if delivered else 1
@@ -104,7 +105,9 @@ def train(
             exp.log_metrics(values)
             for name, value in values.items():
                 history[name].append(value)
-            progress.set_postfix({name: f"{values[name]:.4f}" for name in ("train_loss", "val_loss", "val_accuracy")})
+            progress.set_postfix(
+                {name: f"{values[name]:.4f}" for name in ("train_loss", "val_loss", "val_accuracy")}, refresh=False
+            )
     return history, model, (val_x, val_y)
 
 

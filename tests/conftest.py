@@ -7,10 +7,15 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tracelet.guard import guard
+
+if TYPE_CHECKING:
+    from tests.servers import MlflowServer
+    from tests.sinks import HttpSink
 
 PREFIXES = ("TRACELET_", "OTEL_", "MLFLOW_", "SLURM_", "PBS_", "LSB_", "TORCHELASTIC_")
 NAMES = ("TRACEPARENT", "TRACESTATE", "BAGGAGE", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -38,6 +43,24 @@ def nothing_left_behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
     described = [f"{pid}: {command_of(pid)}" for pid in left]
     stop(left)
     assert not described, "processes left behind by tests:\n" + "\n".join(described)
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    """A real MLflow server with one worker and an sqlite database; one for the whole session."""
+    from tests.servers import shared_mlflow
+
+    with shared_mlflow(tmp_path_factory.mktemp("mlflow")) as server:
+        yield server
+
+
+@pytest.fixture
+def otlp_sink() -> Iterator[HttpSink]:
+    """A real OTLP receiver over HTTP, empty at the start of each test."""
+    from tests.sinks import HttpSink
+
+    with HttpSink() as sink:
+        yield sink
 
 
 def processes_of(folder: str) -> list[int]:
