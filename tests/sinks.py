@@ -218,9 +218,9 @@ class HttpSink(Sink):
 
 
 class GrpcSink(Sink):
-    """OTLP over gRPC on a free port; a context manager."""
+    """OTLP over gRPC on a free port (or one that was free before); a context manager."""
 
-    def __init__(self, credentials: grpc.ServerCredentials | None = None) -> None:
+    def __init__(self, credentials: grpc.ServerCredentials | None = None, port: int = 0) -> None:
         super().__init__()
         self.server = grpc.server(ThreadPoolExecutor(4))
         for signal, service in (
@@ -231,9 +231,9 @@ class GrpcSink(Sink):
             handler = grpc.unary_unary_rpc_method_handler(self._answering(signal))
             self.server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {"Export": handler}),))
         if credentials is None:
-            self.port = self.server.add_insecure_port("127.0.0.1:0")
+            self.port = self.server.add_insecure_port(f"127.0.0.1:{port}")
         else:
-            self.port = self.server.add_secure_port("localhost:0", credentials)
+            self.port = self.server.add_secure_port(f"localhost:{port}", credentials)
         self.endpoint = f"http://127.0.0.1:{self.port}"
 
     def _answering(self, signal: str) -> Callable[[bytes, grpc.ServicerContext], bytes]:
