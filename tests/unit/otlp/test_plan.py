@@ -1,0 +1,315 @@
+"""A batch on the wire: events, spans, counters and end markers, as the wire contract's tables have them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pytest
+from opentelemetry.proto.metrics.v1.metrics_pb2 import AggregationTemporality
+from opentelemetry.proto.trace.v1.trace_pb2 import Status
+
+from tests.otlp_batches import MS, RUN, START, batch, opened
+from tests.sinks import REQUESTS, attributes
+from tracelet import ids
+from tracelet.otlp.plan import Ledger, Plan, plan
+from tracelet.records import (
+    ArtifactLogged,
+    AttemptEnded,
+    Batch,
+    ErrorInfo,
+    FlushAsked,
+    ParamsLogged,
+    Part,
+    Record,
+    RunStarted,
+    Scalar,
+    SpanStarted,
+    TagsSet,
+    WriterEnded,
+)
+
+KEY = "a" * 16
+END = START + 10**10
+
+
+def sent(planned: Plan, signal: str) -> list[Any]:
+    return [REQUESTS[signal].FromString(load.encode()) for load in planned.loads if load.signal == signal]
+
+
+def events(records: Iterable[Record]) -> list[Any]:
+    messages = sent(plan(batch((), records), Ledger()), "logs")
+    return [r for m in messages for r in m.resource_logs[0].scope_logs[0].log_records]
+
+
+def spans(planned: Plan) -> list[Any]:
+    return [s for m in sent(planned, "traces") for s in m.resource_spans[0].scope_spans[0].spans]
+
+
+def metrics(planned: Plan, scope: str) -> list[tuple[Any, Any]]:
+    """Resource attributes and metric, of one scope."""
+    return [
+        (attributes(m.resource_metrics[0].resource), metric)
+        for m in sent(planned, "metrics")
+        for s in m.resource_metrics[0].scope_metrics
+        if s.scope.name == scope
+        for metric in s.metrics
+    ]
+
+
+def ended(
+    status: str = "FINISHED",
+    *,
+    error: ErrorInfo | None = None,
+    params: Mapping[str, Scalar] | None = None,
+    open_spans: tuple[SpanStarted, ...] = (),
+    series: Mapping[str, tuple[tuple[str, int], ...]] | None = None,
+    newest: bool = True,
+) -> AttemptEnded:
+    return AttemptEnded(status, START, END, newest, error, params or {}, {"team": "ml"}, open_spans, series or {})
+
+
+# ---- events -----------------------------------------------------------------------------------------------------
+
+
+def test_an_event_names_itself_its_run_and_its_place_in_the_trace() -> None:
+    (record,) = events([RunStarted(START, "bold-hawk", {"process.pid": 4711}, {})])
+    assert record.event_name == "tracelet.run.started"
+    assert attributes(record) == {"tracelet.event": "tracelet.run.started", "process.pid": 4711}
+    assert record.time_unix_nano == record.observed_time_unix_nano == START
+    assert record.trace_id.hex() == ids.trace_id(RUN.run_id, KEY)
+    assert record.span_id.hex() == ids.root_span_id(RUN.run_id, KEY)
+    assert record.body.string_value == "run bold-hawk of vision / cnn started"
+
+
+def test_params_and_tags_are_events_with_a_body_a_person_reads() -> None:
+    params, tags = events(
+        [ParamsLogged(START, {"lr": 0.1, "n": 3, "aug": True, "o": "adam"}), TagsSet(START, {"team": "ml"})]
+    )
+    assert attributes(params) == {
+        "tracelet.event": "tracelet.params",
+        "tracelet.param.lr": 0.1,
+        "tracelet.param.n": 3,
+        "tracelet.param.aug": True,
+        "tracelet.param.o": "adam",
+    }
+    assert params.body.string_value == "params: lr=0.1, n=3, aug=True, o=adam"
+    assert attributes(tags) == {"tracelet.event": "tracelet.tags", "tracelet.tag.team": "ml"}
+
+
+@pytest.mark.parametrize(("count", "size"), [(50, 1), (51, 1), (1000, 10), (40, 1_900), (3, 2_000)])
+def test_no_event_is_larger_than_loki_takes(count: int, size: int) -> None:
+    params = {f"key{i}": "é" * (size // 2) + "x" * (size % 2) for i in range(count)}
+    found = events([ParamsLogged(START, params)])
+    seen: dict[str, Any] = {}
+    for record in found:
+        own = {k: v for k, v in attributes(record).items() if k.startswith("tracelet.param.")}
+        assert len(own) <= 50
+        assert sum(len(k) + len(v.encode()) for k, v in own.items()) <= 16_000
+        seen |= own
+    assert seen == {f"tracelet.param.{k}": v for k, v in params.items()}
+    if len(found) > 1:
+        assert [attributes(r)["tracelet.event.part"] for r in found] == list(range(1, len(found) + 1))
+        assert {attributes(r)["tracelet.event.parts"] for r in found} == {len(found)}
+
+
+def test_a_long_value_is_whole_in_its_chunks() -> None:
+    value = "".join(chr(0x4E00 + i % 5000) for i in range(60_000))
+    first, *chunks = events([ParamsLogged(START, {"config": value, "lr": 0.1})])
+    own = attributes(first)
+    assert own["tracelet.param.config"] == value[:256]
+    assert own["tracelet.digest.param.config"].startswith("sha256:")
+    assert own["tracelet.param.lr"] == 0.1
+    assert all(len(chunk.body.string_value.encode()) <= 32_000 for chunk in chunks)
+    assert "".join(chunk.body.string_value for chunk in chunks) == value
+    for index, chunk in enumerate(chunks, 1):
+        assert attributes(chunk) == {
+            "tracelet.event": "tracelet.params",
+            "tracelet.chunk.key": "tracelet.param.config",
+            "tracelet.chunk.index": index,
+            "tracelet.chunk.count": len(chunks),
+            "tracelet.chunk.digest": own["tracelet.digest.param.config"],
+        }
+
+
+def test_an_artifact_is_described_and_its_bytes_stay_here() -> None:
+    copied = ArtifactLogged(START, "models/a b.pth", "/data/a b.pth", "artifacts/1", 12345, "ab" * 32, "text/plain")
+    reference = ArtifactLogged(START, "big", "/data/big", None, 2**40, None, "application/octet-stream")
+    first, second = events([copied, reference])
+    assert attributes(first) == {
+        "tracelet.event": "tracelet.artifact",
+        "tracelet.artifact.name": "models/a b.pth",
+        "tracelet.artifact.uri": "file:///data/a%20b.pth",
+        "tracelet.artifact.digest": "sha256:" + "ab" * 32,
+        "tracelet.artifact.size": 12345,
+        "tracelet.artifact.media_type": "text/plain",
+    }
+    assert "tracelet.artifact.digest" not in attributes(second)
+
+
+def test_records_that_are_the_spools_own_are_not_sent() -> None:
+    assert not events([WriterEnded(START, "FINISHED", "stop"), FlushAsked(START), opened()])
+
+
+# ---- the end of an attempt --------------------------------------------------------------------------------------
+
+
+def test_the_root_span_has_params_tags_status_and_the_callers_link() -> None:
+    caller = "00-" + "c" * 32 + "-" + "d" * 16 + "-01"
+    started = plan(batch((), [RunStarted(START, "bold-hawk", {}, {}, caller)]), Ledger())
+    params: dict[str, Scalar] = {f"p{i}": i for i in range(500)}
+    (root,) = spans(plan(batch((), [ended(params=params)], number=2), Ledger.from_json(started.after.to_json())))
+    assert root.name == "run bold-hawk"
+    assert root.trace_id.hex() == ids.trace_id(RUN.run_id, KEY)
+    assert root.span_id.hex() == ids.root_span_id(RUN.run_id, KEY)
+    assert root.parent_span_id == b""
+    assert (root.start_time_unix_nano, root.end_time_unix_nano) == (START, END)
+    assert root.status.code == Status.STATUS_CODE_UNSET
+    values = attributes(root)
+    assert values["tracelet.tag.team"] == "ml"
+    assert {k: v for k, v in values.items() if k.startswith("tracelet.param.")} == {
+        f"tracelet.param.{k}": v for k, v in params.items()
+    }
+    (link,) = root.links
+    assert (link.trace_id.hex(), link.span_id.hex()) == ("c" * 32, "d" * 16)
+
+
+@pytest.mark.parametrize("caller", ["", "nonsense", "00-" + "0" * 32 + "-" + "d" * 16 + "-01", "00-x-y-01"])
+def test_a_malformed_traceparent_is_no_link(caller: str) -> None:
+    started = plan(batch((), [RunStarted(START, "r", {}, {}, caller)]), Ledger())
+    (root,) = spans(plan(batch((), [ended()]), started.after))
+    assert not root.links
+
+
+def test_a_failed_run_ends_its_open_phases_and_carries_the_exception() -> None:
+    error = ErrorInfo("ValueError", "shape", "Traceback ...")
+    phase = SpanStarted("1" * 16, ids.root_span_id(RUN.run_id, KEY), "epoch 3", START + MS, {"epoch": 3})
+    planned = plan(batch((), [ended("FAILED", error=error, open_spans=(phase,))]), Ledger())
+    left_open, root = spans(planned)
+    assert left_open.name == "epoch 3"
+    assert left_open.end_time_unix_nano == END
+    for span in (left_open, root):
+        assert span.status.code == Status.STATUS_CODE_ERROR
+        assert attributes(span)["error.type"] == "ValueError"
+    (exception,) = root.events
+    assert attributes(exception) == {
+        "exception.type": "ValueError",
+        "exception.message": "shape",
+        "exception.stacktrace": "Traceback ...",
+    }
+    (record,) = [r for m in sent(planned, "logs") for r in m.resource_logs[0].scope_logs[0].log_records]
+    assert record.event_name == "tracelet.run.ended"
+    assert record.severity_text == "ERROR"
+    assert attributes(record)["tracelet.run.state"] == "FAILED"
+    assert record.body.string_value == "run bold-hawk FAILED after 10.0 s: ValueError: shape"
+
+
+def test_a_killed_run_names_its_status_as_error_type() -> None:
+    (root,) = spans(plan(batch((), [ended("KILLED")]), Ledger()))
+    assert attributes(root)["error.type"] == "KILLED"
+    assert root.status.code == Status.STATUS_CODE_ERROR
+
+
+def test_params_beyond_a_spans_room_are_cut_to_digests_then_counted() -> None:
+    long = {"config": "x" * 2_001}
+    many = {f"p{i:04}": "y" * 1_000 for i in range(2_000)}
+    (root,) = spans(plan(batch((), [ended(params=long | many)]), Ledger()))
+    values = attributes(root)
+    assert values["tracelet.param.config"] == "x" * 256
+    assert values["tracelet.digest.param.config"].startswith("sha256:")
+    assert values["tracelet.param.p0000"] == "y" * 1_000
+    cut = [k for k in many if values.get(f"tracelet.param.{k}") == "y" * 256]
+    assert cut
+    assert all(f"tracelet.digest.param.{k}" in values for k in cut)
+    present = sum(1 for k in many if f"tracelet.param.{k}" in values)
+    assert values["tracelet.params.omitted"] == 2_000 - present
+    assert root.ByteSize() < 900_000
+
+
+def test_another_rank_is_a_child_of_the_root_without_params() -> None:
+    planned = plan(batch((), [ended(params={"lr": 1})], opening=opened(rank=2)), Ledger())
+    (span,) = spans(planned)
+    assert span.name == "rank 2"
+    assert span.parent_span_id.hex() == ids.root_span_id(RUN.run_id, KEY)
+    assert "tracelet.param.lr" not in attributes(span)
+
+
+def test_every_live_series_gets_an_end_marker_after_its_last_point_under_its_own_resource() -> None:
+    one, two = opened(), opened(rank=1, instance="instance-1")
+    both = Batch(
+        1,
+        RUN,
+        "/nowhere",
+        tuple(
+            Part(writer, opening, (), batch().parts[0].points)
+            for writer, opening in (("w1", one), ("w2", two), ("w3", one))
+        ),
+    )
+    known = Ledger.from_json(plan(both, Ledger()).after.to_json())
+    series = {
+        "w1": (("loss", START), ("acc", START + MS)),
+        "w2": (("loss", START + 5 * MS),),
+        "w3": (("loss", START + 9 * MS),),
+    }
+    planned = plan(batch((), [ended(series=series)], writer="w1", number=2), known)
+    found = {
+        (resource["service.instance.id"], metric.name): point
+        for resource, metric in metrics(planned, "tracelet")
+        for point in metric.gauge.data_points
+    }
+    assert {key: point.time_unix_nano for key, point in found.items()} == {
+        ("instance-0", "loss"): START + 10 * MS,
+        ("instance-0", "acc"): START + 2 * MS,
+        ("instance-1", "loss"): START + 6 * MS,
+    }
+    for point in found.values():
+        assert point.flags == 1
+        assert point.WhichOneof("value") is None
+        assert not point.attributes
+
+
+def test_the_final_state_comes_after_the_last_heartbeat_and_only_from_the_newest_attempt() -> None:
+    ledger = Ledger(beat=END + 60 * MS)
+    found = {m.name: m for _, m in metrics(plan(batch((), [ended("FAILED")]), ledger), "tracelet.run")}
+    states = {attributes(p)["tracelet.run.state"]: p for p in found["tracelet.run.status"].gauge.data_points}
+    assert {name: p.as_double for name, p in states.items()} == {
+        "RUNNING": 0,
+        "FINISHED": 0,
+        "FAILED": 1,
+        "KILLED": 0,
+        "LOST": 0,
+    }
+    assert states["FAILED"].time_unix_nano == END + 61 * MS
+    (gone,) = found["tracelet.run.heartbeat"].gauge.data_points
+    assert gone.flags == 1
+    older = plan(batch((), [ended("FAILED", newest=False)]), ledger)
+    assert "tracelet.run.status" not in {m.name for _, m in metrics(older, "tracelet.run")}
+
+
+# ---- the counter of values that are no numbers ------------------------------------------------------------------
+
+
+def test_nonfinite_values_are_counted_by_key_and_the_count_goes_on() -> None:
+    first = plan(batch([("loss", math.nan, 0), ("loss", math.inf, 1), ("acc", 0.5, 1)]), Ledger())
+    again = Ledger.from_json(first.after.to_json())
+    second = plan(batch([("acc", -math.inf, 2), ("loss", math.nan, 2)], start=START + 50 * MS, number=2), again)
+    ((_, one),) = metrics(first, "tracelet.run")
+    ((_, two),) = metrics(second, "tracelet.run")
+    assert one.name == "tracelet.metric.nonfinite"
+    assert one.sum.is_monotonic
+    assert one.sum.aggregation_temporality == AggregationTemporality.AGGREGATION_TEMPORALITY_CUMULATIVE
+    (point,) = one.sum.data_points
+    assert (point.as_int, point.time_unix_nano, point.start_time_unix_nano) == (2, START + MS, START)
+    assert {attributes(p)["tracelet.metric.key"]: p.as_int for p in two.sum.data_points} == {"acc": 1, "loss": 3}
+
+
+def test_finite_values_whose_sum_overflows_are_not_counted() -> None:
+    assert not metrics(plan(batch([("loss", 1.7e308, 0), ("loss", 1.7e308, 1)]), Ledger()), "tracelet.run")
+
+
+def test_a_plan_leaves_the_ledger_as_it_was() -> None:
+    ledger = Ledger()
+    before = ledger.to_json()
+    plan(batch([("loss", math.nan, 0)], [SpanStarted("1" * 16, "2" * 16, "epoch", START)]), ledger)
+    assert ledger.to_json() == before
