@@ -1,0 +1,45 @@
+"""How long to wait before a destination is asked again: longer each time, never in step with others, without an end."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+__all__ = ["BackOff"]
+
+
+class BackOff:
+    """Waiting times that double from half a second to a minute, each shortened at random by up to a half.
+
+    There is no last one: the data is in files, and an outage of a week is delivered afterwards. The random half
+    keeps a hundred shippers from asking a server that has just come back all at once.
+
+    Example:
+        >>> from tracelet.shipper.retry import BackOff
+        >>> wait = BackOff(random=lambda: 1.0)
+        >>> [wait.next_s() for _ in range(9)]
+        [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
+        >>> wait.next_s(asked_s=7.5)
+        7.5
+    """
+
+    def __init__(
+        self, *, shortest_s: float = 0.5, longest_s: float = 60.0, random: Callable[[], float] = random.random
+    ) -> None:
+        self.tries = 0
+        self._shortest_s = shortest_s
+        self._longest_s = longest_s
+        self._random = random
+
+    def next_s(self, asked_s: float | None = None) -> float:
+        """Seconds to wait now; `asked_s` is what the destination itself asked for (`Retry-After`) and wins."""
+        # The exponent is bounded: after a night of tries 2.0**tries would overflow.
+        full = min(self._longest_s, self._shortest_s * 2.0 ** min(self.tries, 30))
+        self.tries += 1
+        if asked_s is not None:
+            return max(0.0, asked_s)
+        return max(self._shortest_s, full * (0.5 + 0.5 * self._random()))
+
+    def reset(self) -> None:
+        """The destination has answered; the next trouble starts again at the shortest wait."""
+        self.tries = 0

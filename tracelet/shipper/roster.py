@@ -1,0 +1,71 @@
+"""Who writes in this folder: each writer's opening, metric names and end, shared by all destinations' threads.
+
+Filled by a scan of a writer's frames when it is first seen (so that a restarted shipper knows what was said before
+its positions), and by every thread as it reads on. Entries are only added and never change, so no lock is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tracelet import codec
+from tracelet.errors import SpoolError
+from tracelet.guard import guard
+from tracelet.records import MetricNamed, Record, WriterEnded, WriterOpened
+from tracelet.spool.reader import SpoolReader
+
+__all__ = ["Roster", "decode_frame", "frames_of"]
+
+
+def decode_frame(kind: int, payload: bytes) -> Record | None:
+    """The record of a frame; None, said once a minute, for one that can't be read or is of a newer version's kind."""
+    try:
+        record = codec.decode(kind, payload)
+    except SpoolError as error:
+        guard.limited("frame", "a frame is set aside: %s", error)
+        return None
+    if record is None:
+        guard.limited(f"frame kind {kind}", "a frame of kind %d is of a newer version of tracelet; set aside", kind)
+    return record
+
+
+class Roster:
+    """The writers of one folder, as far as their frames have been read."""
+
+    def __init__(self) -> None:
+        self.opened: dict[str, WriterOpened] = {}
+        self.names: dict[str, dict[int, str]] = {}
+        self.ended: dict[str, WriterEnded] = {}
+
+    def writers_of(self, attempt_key: str) -> list[str]:
+        """The attempt's writers whose opening is known, first come first."""
+        return [writer for writer, opened in list(self.opened.items()) if opened.attempt_key == attempt_key]
+
+    def first_of(self, attempt_key: str) -> str | None:
+        """The writer whose end is the attempt's: the lowest rank's first one; any, if a damaged folder has none."""
+        mine = self.writers_of(attempt_key)
+        firsts = [writer for writer in mine if self.opened[writer].role == "first"]
+        return min(firsts or mine, key=lambda writer: self.opened[writer].rank, default=None)
+
+    def learn(self, writer: str, record: Record) -> None:
+        """Take what a record says about its writer."""
+        match record:
+            case WriterOpened():
+                self.opened.setdefault(writer, record)
+            case MetricNamed():
+                self.names.setdefault(writer, {}).setdefault(record.metric_id, record.name)
+            case WriterEnded():
+                self.ended.setdefault(writer, record)
+
+    def scan(self, reader: SpoolReader, writer: str) -> None:
+        """Learn from all frames the writer has on disk now."""
+        for record in frames_of(reader, writer):
+            self.learn(writer, record)
+
+
+def frames_of(reader: SpoolReader, writer: str) -> Iterator[Record]:
+    """All readable records of a writer, in its order."""
+    for kind, payload in reader.scan_frames(writer):
+        record = decode_frame(kind, payload)
+        if record is not None:
+            yield record

@@ -1,0 +1,264 @@
+"""All it takes to ship one folder: the lanes and their threads, the look-out, the housekeeping, and when to go."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tracelet.exporters import registry
+from tracelet.exporters.base import Exporter, Refusal
+from tracelet.guard import guard
+from tracelet.shipper.batches import Assembled
+from tracelet.shipper.deaths import Deaths
+from tracelet.shipper.loop import Lane
+from tracelet.shipper.site import Clock, Site
+from tracelet.shipper.upkeep import Upkeep, keep_rule
+from tracelet.spool.reader import START, SpoolReader
+from tracelet.spool.store import Manifest
+
+__all__ = ["Build", "Outcome", "Shipment"]
+
+Build = Callable[[Mapping[str, Any], Mapping[str, Any], Mapping[str, str]], Exporter]
+
+GIVE_UP_S = 600.0
+"""After the run's end, how long nothing may move before the shipper leaves the rest to `tracelet ship`."""
+
+_JOIN_S = 15.0  # longer than any exporter's timeout
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How far each destination (by id) has come when a shipper leaves."""
+
+    delivered: Mapping[str, int] = field(default_factory=dict)
+    refused: Mapping[str, int] = field(default_factory=dict)
+    left: Mapping[str, int] = field(default_factory=dict)  # slots not acknowledged; 0: all of it is there
+    reasons: Mapping[str, str] = field(default_factory=dict)  # why something is left
+    complete: bool = True
+    joined: bool = False  # another shipper serves the folder
+
+
+class Shipment:
+    """One folder on its way to its destinations, each in a thread of its own.
+
+    `run` returns when everything is delivered (or, without `follow`, everything that is there now), when `stop` is
+    set, or when nothing moves any more; it can be called again.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        *,
+        environ: Mapping[str, str],
+        secrets: Mapping[str, Mapping[str, Any]],
+        build: Build = registry.build,
+        deaths: Deaths | None = None,
+        only: Sequence[str] | None = None,
+        in_process: bool = False,
+        clock: Clock = time,
+        suppress: Callable[[], AbstractContextManager[object]] = nullcontext,
+        give_up_s: float = GIVE_UP_S,
+    ) -> None:
+        """`only`: ids of the destinations to serve (None: all but those served in the training process)."""
+        self.site = Site(
+            folder,
+            manifest,
+            Deaths(folder, clock=clock.monotonic) if deaths is None else deaths,
+            clock=clock,
+            in_process=in_process,
+            backend_ids=self._backend_ids,
+        )
+        self.lanes: dict[str, Lane] = {}
+        self._threads: list[threading.Thread] = []
+        self._environ = environ
+        self._secrets = secrets
+        self._build = build
+        self._only = only
+        self._in_process = in_process
+        self._clock = clock
+        self._suppress = suppress
+        self._give_up_s = give_up_s
+        self._upkeep = None if in_process else Upkeep(self.site)
+        self._upkeep_at = float("-inf")
+        self._began = clock.monotonic()
+        self._waker, self._wake_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+
+    # ---- running ----------------------------------------------------------------------------------------------------
+
+    def run(self, *, follow: bool, stop: threading.Event, timeout_s: float | None = None, hurry: bool = False) -> None:
+        """Ship until there is nothing more to do, or `stop` is set, or `timeout_s` is over."""
+        until = None if timeout_s is None else self._clock.monotonic() + timeout_s
+        while not stop.is_set():
+            self.tick(hurry=hurry)
+            now = self._clock.monotonic()
+            if self.is_complete() or (not follow and self.is_caught_up()):
+                return
+            if (until is not None and now >= until) or (follow and self._nothing_moves(now)):
+                return
+            self.site.deaths.wait(self._pause(), self._waker)
+            self._drain_wakes()
+
+    def wake(self) -> None:
+        """Let `run` look at `stop` now; safe in a signal handler."""
+        try:
+            os.write(self._wake_end, b"!")
+        except OSError:  # full of wakes already
+            pass
+
+    def _drain_wakes(self) -> None:
+        try:
+            while os.read(self._waker, 512):
+                pass
+        except BlockingIOError:
+            pass
+
+    def tick(self, *, hurry: bool = False) -> None:
+        """Look around once, start lanes for new destinations, keep the folder in order."""
+        # A fault in here must not end the shipper: what it missed comes with the next look.
+        with guard("look after the spool"):
+            self.site.look(stuck=any(lane.trouble is not None for lane in self.lanes.values()))
+        for identity, destination in self._served().items():
+            if identity not in self.lanes:
+                with guard(f"begin to ship to {identity}"):
+                    self._start(identity, destination)
+        for lane in self.lanes.values():
+            lane.hurry = hurry
+        now = self._clock.monotonic()
+        if self._upkeep is not None and now - self._upkeep_at >= 1.0:
+            self._upkeep_at = now
+            self._upkeep.round(list(self.lanes.values()))
+
+    def _serves(self, identity: str, destination: Mapping[str, Any]) -> bool:
+        if self._only is not None:
+            return identity in self._only
+        return bool(destination.get("in_process")) == self._in_process
+
+    def _served(self) -> dict[str, Mapping[str, Any]]:
+        known = self.site.manifest.destinations
+        return {identity: one for identity, one in known.items() if self._serves(identity, one)}
+
+    def _all_started(self) -> bool:
+        return self._served().keys() <= self.lanes.keys()
+
+    def _start(self, identity: str, destination: Mapping[str, Any]) -> None:
+        secrets = self._secrets.get(identity, {})
+        lane = Lane(
+            self.site,
+            destination,
+            lambda: self._build(destination, secrets, self._environ),
+            clock=self._clock,
+            on_delivered=self._delivered,
+        )
+        self.lanes[identity] = lane
+        thread = threading.Thread(target=self._run_lane, args=(lane,), name=f"tracelet {identity}", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _run_lane(self, lane: Lane) -> None:
+        with self._suppress():
+            lane.run()
+
+    def _delivered(self, lane: str, assembled: Assembled, refused: tuple[Refusal, ...]) -> None:
+        if self._upkeep is not None:
+            # A copy may only go if no destination is still to come that would want it.
+            every = [i for i, d in self.site.manifest.destinations.items() if not d.get("in_process")]
+            self._upkeep.delivered(lane, every, assembled, refused)
+
+    def _backend_ids(self) -> dict[str, str]:
+        lanes = list(self.lanes.values())
+        return {lane.id: str(lane.memory["run_id"]) for lane in lanes if lane.memory.get("run_id")}
+
+    def _pause(self) -> float:
+        quiet = self._clock.monotonic() - max((lane.active_at for lane in self.lanes.values()), default=self._began)
+        return 0.05 if quiet < 2.0 else 0.1 if quiet < 30.0 else 0.2
+
+    # ---- when to go -------------------------------------------------------------------------------------------------
+
+    def is_complete(self) -> bool:
+        """All writers are over, and every destination has everything, ends included."""
+        site = self.site
+        return (
+            all(site.is_over(writer) for writer in site.writers)
+            and all(attempt.key in site.decided or site.is_hollow(attempt) for attempt in site.manifest.attempts)
+            and self._all_started()
+            and all(lane.finished_of == site.state for lane in self.lanes.values())
+        )
+
+    def is_caught_up(self) -> bool:
+        """Every destination has what was there when it last looked, and the ends of attempts that are over."""
+        site = self.site
+        for attempt in site.manifest.attempts:
+            first = site.roster.first_of(attempt.key)
+            over = first is not None and site.is_over(first)
+            if over and not all(lane.is_done(attempt.key) for lane in self.lanes.values()):
+                return False
+        return self._all_started() and all(lane.caught_up for lane in self.lanes.values())
+
+    def _nothing_moves(self, now: float) -> bool:
+        site = self.site
+        if not all(attempt.key in site.decided or site.is_hollow(attempt) for attempt in site.manifest.attempts):
+            return False
+        ends = [decided.noticed for decided in site.decided.values()]
+        moved = [lane.moved_at for lane in self.lanes.values()]
+        return now - max([self._began, *ends, *moved]) >= self._give_up_s
+
+    def tidy(self) -> None:
+        """All is delivered: clear the folder away, as far as the run's KEEP allows. Only under the shipper's lock."""
+        if self._upkeep is not None and self.lanes and self._only is None:
+            attempts = self.site.manifest.attempts
+            rule = keep_rule(attempts[-1].extra.get("keep") if attempts else None)
+            self._upkeep.finish(list(self.lanes.values()), rule, self._clock.time_ns() / 1e9)
+
+    def close(self) -> Outcome:
+        """Stop the lanes (each finishes the attempt it is making) and say how far they came."""
+        for lane in self.lanes.values():
+            lane.stop()
+        until = time.monotonic() + _JOIN_S
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
+        outcome = self.outcome()
+        self.site.close()
+        os.close(self._waker)
+        os.close(self._wake_end)
+        return outcome
+
+    def outcome(self) -> Outcome:
+        """How far each destination is now."""
+        reader = SpoolReader(self.site.folder)
+        try:
+            left = {identity: self._left(reader, lane) for identity, lane in self.lanes.items()}
+        finally:
+            reader.close()
+        reasons: dict[str, str] = {}
+        for identity, lane in self.lanes.items():
+            ends = [
+                a.key for a in self.site.manifest.attempts if a.key in self.site.decided and not lane.is_done(a.key)
+            ]
+            if left[identity] or ends:
+                reasons[identity] = lane.trouble or "it was still on its way"
+        return Outcome(
+            delivered={identity: lane.counts[0] for identity, lane in self.lanes.items()},
+            refused={identity: lane.counts[1] for identity, lane in self.lanes.items()},
+            left=left,
+            reasons=reasons,
+            complete=not reasons,
+        )
+
+    def _left(self, reader: SpoolReader, lane: Lane) -> int:
+        slots = 0
+        for writer in self.site.writers:
+            position = lane.positions.get(writer, START)
+            while True:
+                ranges, after = reader.poll(writer, position, 2**16, dead=self.site.deaths.is_dead(writer))
+                slots += sum(piece.end - piece.first for piece in ranges)
+                if after == position:
+                    break
+                position = after
+        return slots

@@ -1,0 +1,266 @@
+"""What all destinations of one folder share: its manifest, its writers, who of them is alive, how attempts ended.
+
+`look()` is called by one thread, again and again; the destinations' threads only read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from tracelet.errors import SpoolError
+from tracelet.guard import guard, logger
+from tracelet.records import RunInfo, WriterEnded
+from tracelet.shipper.deaths import Deaths
+from tracelet.shipper.roster import Roster, decode_frame
+from tracelet.shipper.status import PROVISIONAL, Verdict, decide
+from tracelet.spool import store
+from tracelet.spool.points import SLOT_SIZE
+from tracelet.spool.reader import Position, SpoolReader
+from tracelet.spool.store import Attempt, Manifest
+
+__all__ = ["Clock", "Decided", "Site"]
+
+EXIT_WAIT_S = 10.0
+"""How long an interpreter that said it is leaving may take until its exit code no longer counts."""
+
+REAP_WAIT_S = 1.0
+"""How long to ask for the exit code of a process that is gone but that its parent hasn't reaped."""
+
+HOLLOW_AFTER_S = 30.0
+"""An attempt in the manifest that never opened a file by then never will."""
+
+_RESCAN_S = 5.0
+
+
+class Clock(Protocol):
+    """Where the time comes from: the module `time`, or a fake."""
+
+    def monotonic(self) -> float:
+        """Seconds, never going back."""
+        ...
+
+    def time_ns(self) -> int:
+        """Nanoseconds since 1970."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """An attempt's end, and when this shipper learnt of it."""
+
+    verdict: Verdict
+    noticed: float  # monotonic; minus infinity: before this shipper began
+
+    def age_s(self, now: float) -> float:
+        """How long it has been known."""
+        return now - self.noticed
+
+
+class Site:
+    """One run's folder on this host, as its shipper sees it."""
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        deaths: Deaths,
+        *,
+        clock: Clock = time,
+        in_process: bool = False,
+        backend_ids: Callable[[], Mapping[str, str]] = dict,
+    ) -> None:
+        """`in_process`: the writers are in this process, so the manifest's word on their end is for others to write."""
+        self.folder = folder
+        self.manifest = manifest
+        self.run = RunInfo(manifest.run_id, manifest.project, manifest.experiment_name, manifest.run_name)
+        self.deaths = deaths
+        self.roster = Roster()
+        self.decided: dict[str, Decided] = {}
+        self.writers: tuple[str, ...] = ()  # those whose opening is known, in order of appearance
+        self.backend_ids = backend_ids
+        self._clock = clock
+        self._in_process = in_process
+        self._reader = SpoolReader(folder)
+        self._began = clock.monotonic()
+        self._manifest_key: tuple[int, int] | None = None
+        self._found: tuple[str, ...] = ()  # all writers there were at the last look
+        self._end_seen: dict[str, float] = {}  # attempt -> when its provisional end was first met
+        self._frames_seen: dict[str, tuple[float, int]] = {}  # writer -> when its frames were scanned, their size
+
+    # ---- for the destinations' threads ----------------------------------------------------------------------------
+
+    def is_over(self, writer: str) -> bool:
+        """The writer has ended or is gone."""
+        return writer in self.roster.ended or self.deaths.is_dead(writer)
+
+    def is_hollow(self, attempt: Attempt) -> bool:
+        """The attempt never wrote anything: nothing to deliver, nothing to end."""
+        waited = self._clock.monotonic() - self._began >= HOLLOW_AFTER_S
+        return not self.roster.writers_of(attempt.key) and (waited or attempt.ended is not None)
+
+    def is_newest(self, attempt: Attempt) -> bool:
+        """No other attempt of the run, on any host whose folder is here, began later."""
+        starts = [one.started_unix_nano for one in self.manifest.attempts]
+        for other in self.folder.parent.iterdir():
+            if other == self.folder or not other.is_dir():
+                continue
+            try:
+                manifest = store.read_manifest(other)
+            except SpoolError:
+                continue  # of a version we can't read; it says so where it is shipped
+            starts += [one.started_unix_nano for one in manifest.attempts] if manifest is not None else []
+        return attempt.started_unix_nano >= max(starts, default=0)
+
+    @property
+    def state(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The writers and attempts known now: what "finished" is about."""
+        return self.writers, tuple(attempt.key for attempt in self.manifest.attempts)
+
+    # ---- looking --------------------------------------------------------------------------------------------------
+
+    def look(self, *, stuck: bool = False) -> None:
+        """Take in new attempts, writers, deaths and ends. `stuck`: a destination doesn't read on, so seek ENDs here."""
+        self._refresh_manifest()
+        known = []
+        self._found = self._reader.writers()
+        for writer in self._found:
+            if writer not in self.roster.opened:
+                self.roster.scan(self._reader, writer)
+                self._stand_in(writer)
+            if writer in self.roster.opened:
+                known.append(writer)
+                self._look_at(writer, stuck)
+        self.writers = tuple(known)
+        for attempt in self.manifest.attempts:
+            if attempt.key not in self.decided:
+                self._decide(attempt)
+
+    def has_news(self) -> bool:
+        """A writer or an attempt has come since the last look. Takes nothing in: for who no longer holds the lock."""
+        manifest = store.read_manifest(self.folder)
+        attempts = () if manifest is None else tuple(attempt.key for attempt in manifest.attempts)
+        return self._reader.writers() != self._found or attempts != self.state[1]
+
+    def close(self) -> None:
+        """Let the descriptors go."""
+        self._reader.close()
+        self.deaths.close()
+
+    def _refresh_manifest(self) -> None:
+        try:
+            stat = os.stat(self.folder / store.MANIFEST)
+        except FileNotFoundError:
+            return
+        key = (stat.st_ino, stat.st_mtime_ns)
+        if key == self._manifest_key:
+            return
+        manifest = store.read_manifest(self.folder)
+        if manifest is not None:
+            self.manifest = manifest
+            self._manifest_key = key
+
+    def _look_at(self, writer: str, stuck: bool) -> None:
+        was_dead = self.deaths.is_dead(writer)
+        if (
+            self.deaths.look(writer, self.roster.opened[writer].pid)
+            and not was_dead
+            and writer not in self.roster.ended
+        ):
+            self.roster.scan(self._reader, writer)  # its END may stand there, read by no destination yet
+        elif stuck and writer not in self.roster.ended:
+            now = self._clock.monotonic()
+            at, size = self._frames_seen.get(writer, (-_RESCAN_S, -1))
+            if now - at >= _RESCAN_S:
+                bytes_now = sum(path.stat().st_size for path in self.folder.glob(f"{writer}-*.frames"))
+                self._frames_seen[writer] = (now, bytes_now)
+                if bytes_now != size:
+                    self.roster.scan(self._reader, writer)
+
+    def _stand_in(self, writer: str) -> None:
+        """For a writer whose opening is damaged: another one's of this run, so that its points find their way."""
+        if writer in self.roster.opened or not self.roster.opened or not self.deaths.look(writer):
+            return
+        newest = max(self.roster.opened.values(), key=lambda opened: opened.attempt_started_unix_nano)
+        logger.warning("the first frame of writer %s can't be read; its points count as rank %d's", writer, newest.rank)
+        self.roster.opened[writer] = dataclasses.replace(newest, role="child")
+
+    # ---- an attempt's end -------------------------------------------------------------------------------------------
+
+    def _decide(self, attempt: Attempt) -> None:
+        now = self._clock.monotonic()
+        if attempt.ended is not None:
+            began_with_it = not self.roster.writers_of(attempt.key) or now - self._began < 1.0
+            self.decided[attempt.key] = Decided(
+                Verdict.from_json(attempt.ended), float("-inf") if began_with_it else now
+            )
+            return
+        first = self.roster.first_of(attempt.key)
+        if first is None:
+            return
+        firsts = [w for w in self.roster.writers_of(attempt.key) if self.roster.opened[w].role == "first"]
+        if not all(self.is_over(writer) for writer in firsts or [first]):
+            return
+        ended = self.roster.ended.get(first)
+        if self._waits_for_exit(attempt.key, first, ended, now):
+            return
+        dead = self.deaths.is_dead(first)
+        watched = self.deaths.was_seen_alive(first)
+        gone = self._clock.time_ns() if ended is not None or watched else self._last_record_unix_nano(first)
+        verdict = decide(ended, exit_code=self.deaths.exit_code(first) if dead else None, gone_unix_nano=gone)
+        self.decided[attempt.key] = Decided(self._settle(attempt, verdict), now)
+        logger.info("attempt %s of run %s is over: %s", attempt.key, self.run.run_id, verdict.status)
+
+    def _waits_for_exit(self, key: str, first: str, ended: WriterEnded | None, now: float) -> bool:
+        """An END of an interpreter on its way out: wait for its exit code, while there is a process to ask."""
+        if ended is None or ended.seen_by not in PROVISIONAL or not self.deaths.is_watched(first):
+            return False
+        since = self._end_seen.setdefault(key, now)
+        if not self.deaths.is_gone(first):
+            return now - since < EXIT_WAIT_S
+        gone_since = self._end_seen.setdefault(f"{key} gone", now)
+        return self.deaths.exit_code(first) is None and now - gone_since < REAP_WAIT_S
+
+    def _settle(self, attempt: Attempt, verdict: Verdict) -> Verdict:
+        """Write the verdict down, once for all destinations and shippers; the one that was there first stands."""
+        if self._in_process:
+            return verdict
+
+        def put(manifest: Manifest | None) -> Manifest:
+            current = self.manifest if manifest is None else manifest
+            mine = current.attempt(attempt.key)
+            if mine is None or mine.ended is not None:
+                return current
+            return current.with_attempt(dataclasses.replace(mine, ended=verdict.to_json()))
+
+        try:
+            kept = store.update_manifest(self.folder, put).attempt(attempt.key)
+        except OSError as error:  # no room: the end is delivered all the same
+            guard.note("write an attempt's end into the manifest", error)
+            return verdict
+        return verdict if kept is None or kept.ended is None else Verdict.from_json(kept.ended)
+
+    def _last_record_unix_nano(self, writer: str) -> int:
+        """When a writer that nobody watched wrote last."""
+        latest = self.roster.opened[writer].time_unix_nano
+        for segment in reversed(self._reader.segments(writer)):
+            position, last = Position(segment, 0, ()), None
+            while True:
+                ranges, after = self._reader.poll(writer, position, 2**16, dead=True)
+                last = ranges[-1] if ranges else last
+                if after == position:
+                    break
+                position = after
+            if last is None:
+                continue
+            taken = self._reader.read(last._replace(first=max(last.first, last.end - 1024)))
+            times: list[Any] = list(memoryview(taken.records).cast("Q")[:: SLOT_SIZE // 8])
+            for _, kind, payload in taken.frames:
+                times.append(getattr(decode_frame(kind, payload), "time_unix_nano", 0))
+            return int(max([latest, *times]))
+        return latest

@@ -1,0 +1,156 @@
+"""Keeps the folder in order while it is shipped: spares ahead, seals, what is delivered moved away, copies deleted."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
+
+from tracelet.exporters.base import Refusal
+from tracelet.guard import guard
+from tracelet.records import ArtifactLogged
+from tracelet.shipper.batches import Assembled
+from tracelet.shipper.roster import frames_of
+from tracelet.shipper.site import Site
+from tracelet.spool import store
+from tracelet.spool.disk import may_map
+from tracelet.spool.files import SPARES
+from tracelet.spool.reader import Position, SpoolReader
+
+__all__ = ["Upkeep", "keep_rule"]
+
+_SPARE_AFTER_SLOTS = 4096  # a run that never gets there never rolls, and needs no 2 MiB lying ready
+
+
+class Destination(Protocol):
+    """What a destination's lane tells of itself."""
+
+    id: str
+
+    @property
+    def positions(self) -> Mapping[str, Position]:
+        """How far it has acknowledged each writer."""
+        ...
+
+
+class Upkeep:
+    """The housekeeping of one folder. `artifact_gone` may be called from any thread, the rest from one."""
+
+    def __init__(self, site: Site) -> None:
+        self._site = site
+        self._reader = SpoolReader(site.folder)
+        self._sealed: dict[str, int] = {}  # writer -> all its segments up to this one are sealed
+        self._kept: set[str] = set()  # copies of artifacts that some destination refused
+        self._arrived: dict[str, set[str]] = {}  # copy -> destinations that have it
+        self._lock = threading.Lock()
+        self._spares = may_map(site.folder)
+
+    def round(self, lanes: Sequence[Destination]) -> None:
+        """Do what is due; a failure (a full disk) is said and tried again at the next round."""
+        with guard("keep the spool in order"):
+            site = self._site
+            positions = [lane.positions for lane in lanes]
+            alive = [writer for writer in site.writers if not site.is_over(writer)]
+            if self._spares and any(_about_to_roll(where.get(writer)) for where in positions for writer in alive):
+                store.make_spares(site.folder)
+            if not alive:
+                self.drop_spares()
+            if any(self._seal(writer) for writer in site.writers) or positions:
+                store.move_delivered(site.folder, positions)
+
+    def _seal(self, writer: str) -> bool:
+        """Seal what nobody writes to any more: all but the last segment, and that one too once the writer is over."""
+        if self._sealed.get(writer) == -1:
+            return False
+        over = self._site.deaths.is_dead(writer)
+        segments = self._reader.segments(writer)
+        done = self._sealed.get(writer, 0)
+        sealed_any = False
+        for segment in segments if over else segments[:-1]:
+            if segment <= done:
+                continue
+            if not store.seal(self._site.folder, writer, segment, dead=over):
+                return sealed_any
+            self._sealed[writer] = done = segment
+            sealed_any = True
+        if over:
+            self._sealed[writer] = -1
+        return sealed_any
+
+    def drop_spares(self) -> None:
+        """Nobody will roll any more."""
+        for name in SPARES:
+            (self._site.folder / name).unlink(missing_ok=True)
+
+    # ---- artifacts ------------------------------------------------------------------------------------------------
+
+    def delivered(self, lane: str, lanes: Iterable[str], assembled: Assembled, refused: Iterable[Refusal]) -> None:
+        """Delete the copies that the last destination now has; one that a destination refused stays."""
+        refused_copies = {str(item.facts.get("stored")) for item in refused if item.what == "artifact"}
+        everybody = set(lanes)
+        for part in assembled.batch.parts:
+            for record in part.records:
+                if not isinstance(record, ArtifactLogged) or record.stored is None:
+                    continue
+                with self._lock:
+                    arrived = self._arrived.setdefault(record.stored, set())
+                    arrived.add(lane)
+                    if record.stored in refused_copies:
+                        self._kept.add(record.stored)
+                    complete = arrived >= everybody and record.stored not in self._kept
+                    if complete:
+                        del self._arrived[record.stored]
+                if complete:
+                    (self._site.folder / record.stored).unlink(missing_ok=True)
+
+    def finish(self, lanes: Sequence[Destination], keep: store.KeepRule, now_s: float) -> None:
+        """The run is delivered everywhere: what is left goes to delivered/, and from there what `keep` doesn't keep."""
+        with guard("clear away what is delivered"):
+            site = self._site
+            self.drop_spares()
+            refused = self._refused_copies()
+            for writer in site.writers:
+                for record in frames_of(self._reader, writer):
+                    if (
+                        isinstance(record, ArtifactLogged)
+                        and record.stored is not None
+                        and record.stored not in refused
+                    ):
+                        (site.folder / record.stored).unlink(missing_ok=True)
+            for writer in site.writers:
+                self._seal(writer)
+            store.move_delivered(site.folder, [lane.positions for lane in lanes], done=True)
+            root = site.folder.parent.parent
+            store.retain([run.folder for run in store.list_runs(root)], keep, now_s=now_s)
+
+    def _refused_copies(self) -> set[str]:
+        """Copies named in a dead-letter file, by this shipper or one before it."""
+        found = set(self._kept)
+        for path in self._site.folder.glob("rejected-*.jsonl"):
+            for raw in path.read_bytes().splitlines():
+                try:
+                    line = json.loads(raw)
+                except ValueError:
+                    continue
+                if line.get("what") == "artifact":
+                    found.add(str(line.get("facts", {}).get("stored")))
+        return found
+
+
+def _about_to_roll(position: Position | None) -> bool:
+    return position is not None and (position.segment > 1 or position.next >= _SPARE_AFTER_SLOTS)
+
+
+def keep_rule(kept: Mapping[str, object] | None) -> store.KeepRule:
+    """The rule that an attempt's manifest carries, as `settings.Keep` has it; without one the default."""
+    rule = store.KeepRule()
+    if not kept:
+        return rule
+    seconds, size = kept.get("max_age_s"), kept.get("max_bytes")
+    return dataclasses.replace(
+        rule,
+        seconds=float(seconds) if isinstance(seconds, (int, float)) else rule.seconds,
+        bytes=size if isinstance(size, int) else rule.bytes,
+    )
