@@ -290,8 +290,10 @@ def recording_proxy(upstream: str) -> Iterator[Proxy]:
             status, content, headers = 502, b"", {}
             if spoil.forward:
                 connection = http.client.HTTPConnection(target.hostname or "", target.port, timeout=120)
-                sent = {k: v for k, v in seen.headers.items() if k.lower() != "host"}
-                connection.request(self.command, self.path, body, sent)
+                address = urlsplit(self.path)  # absolute when we are asked as an HTTP proxy; then Host is passed on
+                sent = {k: v for k, v in seen.headers.items() if address.netloc or k.lower() != "host"}
+                path = address._replace(scheme="", netloc="").geturl()
+                connection.request(self.command, path, body, sent)
                 reply = connection.getresponse()
                 status, content = reply.status, reply.read()
                 headers = {k: v for k, v in reply.getheaders() if k.lower() in ("content-type", "retry-after")}

@@ -22,7 +22,7 @@ from tracelet.exporters.base import Refusal
 from tracelet.exporters.mlflow.connection import Connection
 from tracelet.exporters.mlflow.limits import ARTIFACT_PATH_BYTES
 from tracelet.exporters.mlflow.rest import explain
-from tracelet.exporters.mlflow.transport import NotNow, Refused
+from tracelet.exporters.mlflow.transport import NotNow, Refused, Unclear
 from tracelet.records import ArtifactLogged
 
 __all__ = ["ArtifactStore", "unsafe"]
@@ -153,11 +153,15 @@ def _through_proxy(connection: Connection, path: str, original: _Original | _Tex
     original.digest()
     address = _PROXY + quote(path, safe="/")
     kind = "application/octet-stream"
-    reply = connection.request("PUT", address, stream=(original.file, original.size), content_type=kind)
-    if reply.status != 200:
-        if reply.status >= 500 and (taken := _taken(connection, path)) is not None:
-            raise Refused("ALREADY_EXISTS", taken)
-        raise explain(reply, connection)
+    try:
+        reply = connection.request("PUT", address, stream=(original.file, original.size), content_type=kind)
+        if reply.status != 200:
+            raise explain(reply, connection)
+    except Unclear:
+        taken = _taken(connection, path)
+        if taken is not None:
+            raise Refused("ALREADY_EXISTS", taken) from None
+        raise
     try:
         original.check()
     except _Changed:

@@ -102,8 +102,8 @@ class Connection:
             unclear.may_be_running = isinstance(error, TimeoutError)
             raise unclear from error
         self._used_at = time.monotonic()
-        if answer.will_close or answer.status in (401, 403):
-            self.close()
+        if answer.will_close or answer.status in (401, 403) or answer.status >= 500:
+            self.close()  # after a 500 MLflow's server resets the connection without having said so
         return Reply(answer.status, content, {name.lower(): value for name, value in answer.getheaders()})
 
     def close(self) -> None:

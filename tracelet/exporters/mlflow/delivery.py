@@ -12,9 +12,18 @@ from typing import Any
 
 from tracelet.exporters.base import Answer, Delivered, Refusal, Rejected, RetryLater
 from tracelet.exporters.mlflow.artifacts import ArtifactStore
-from tracelet.exporters.mlflow.limits import PARAMS_PER_REQUEST, REQUEST_BYTES, RUN_NAME_CHARS, TAGS_PER_REQUEST
+from tracelet.exporters.mlflow.limits import (
+    EXPERIMENT_NAME_CHARS,
+    PARAMS_PER_REQUEST,
+    REQUEST_BYTES,
+    RUN_NAME_CHARS,
+    TAG_VALUE_CHARS,
+    TAGS_PER_REQUEST,
+)
 from tracelet.exporters.mlflow.mapping import (
     ATTEMPT_TAG,
+    PROJECT_TAG,
+    RUN_NAME_TAG,
     RUN_TAG,
     Plan,
     attempt_mark,
@@ -146,12 +155,17 @@ class MLflowDelivery:
         own.pop("mlflow.runName", None)  # MLflow sets it from the run's name, and refuses two that differ
         tags = {**legal_tags(own), RUN_TAG: state.info.run_id, ATTEMPT_TAG: attempt_mark(part.opened)}
         name = encodable(started.run_name if started is not None else state.info.run_name)
+        short = capped(name, RUN_NAME_CHARS)
+        if short != name:
+            tags[RUN_NAME_TAG] = name[:TAG_VALUE_CHARS]
+        if len(state.info.project) > EXPERIMENT_NAME_CHARS:
+            tags[PROJECT_TAG] = encodable(state.info.project)[:TAG_VALUE_CHARS]
         try:
             made = transport.create_run(
                 state.experiment_id,
                 own.get("mlflow.user", "unknown"),
                 part.opened.attempt_started_unix_nano // 1_000_000,
-                capped(name, RUN_NAME_CHARS),
+                short,
                 tags,
             )
         except Unclear:

@@ -12,8 +12,9 @@ from tracelet.exporters.base import Answer, Delivered, Delivery, RetryLater
 from tracelet.exporters.mlflow.artifacts import ArtifactStore
 from tracelet.exporters.mlflow.connection import Connection
 from tracelet.exporters.mlflow.delivery import MLflowDelivery, RunState
-from tracelet.exporters.mlflow.limits import POINTS_PER_BATCH
+from tracelet.exporters.mlflow.limits import EXPERIMENT_NAME_CHARS, POINTS_PER_BATCH
 from tracelet.exporters.mlflow.mapping import RUN_TAG
+from tracelet.exporters.mlflow.names import capped, encodable
 from tracelet.exporters.mlflow.rest import RestTransport
 from tracelet.exporters.mlflow.transport import NotNow, Refused, RunView, Transport
 from tracelet.records import Batch, Heartbeat, RunInfo
@@ -84,7 +85,7 @@ class MLflowExporter:
         self._transport.close()
 
     def _find(self, run: RunInfo, memory: Mapping[str, Any]) -> RunState:
-        name = run.project
+        name = capped(encodable(run.project), EXPERIMENT_NAME_CHARS)
         found = self._transport.experiment_by_name(name)
         if found is None:
             self._transport.create_experiment(name)

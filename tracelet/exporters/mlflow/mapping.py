@@ -36,6 +36,8 @@ from tracelet.records import (
 
 __all__ = [
     "ATTEMPT_TAG",
+    "PROJECT_TAG",
+    "RUN_NAME_TAG",
     "RUN_TAG",
     "Plan",
     "Witness",
@@ -53,6 +55,8 @@ __all__ = [
 
 RUN_TAG = "tracelet.run.id"
 ATTEMPT_TAG = "tracelet.run.attempt"  # start in ns, "-", key: of the newest attempt that MLflow knows
+RUN_NAME_TAG = "tracelet.run.name"  # the whole name of a run or a project that is too long for MLflow
+PROJECT_TAG = "tracelet.project"
 NAME_TAG = "tracelet.name."  # + legal name: the name as it was logged
 PARAM_TAG = "tracelet.param."  # + key: the param's last value, where it is not the first
 INFINITE_TAG = "tracelet.infinite."  # + key: says what 1.8e308 means in this metric
