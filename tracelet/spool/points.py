@@ -39,6 +39,7 @@ __all__ = [
     "Header",
     "Log",
     "MappedSegment",
+    "Seldom",
     "Segment",
     "fuse",
     "segment_name",
@@ -145,6 +146,8 @@ class Segment(Protocol):
 
 _pack_into = SLOT.pack_into
 _pack_marker = _CRC.pack_into
+_time_ns = time.time_ns
+_StructError = struct.error
 
 
 class MappedSegment:
@@ -270,117 +273,116 @@ class Log(Protocol):
     def __call__(self, name: str, value: object, iteration: int | None = None) -> None: ...
 
 
+class Seldom:
+    """What `log` needs seldom: held in one object, because every variable of a closure costs each call 1 to 2 ns."""
+
+    __slots__ = ("current", "slow", "to_float", "to_iteration", "voids", "without_iteration")
+
+    def __init__(
+        self,
+        to_float: Callable[[str, object], float],
+        to_iteration: Callable[[object], int],
+        slow: Callable[[str, float, int, int], None],
+        without_iteration: Callable[[str], int],
+    ) -> None:
+        self.to_float = to_float
+        self.to_iteration = to_iteration
+        self.slow = slow
+        self.without_iteration = without_iteration
+        self.current: int | None = None
+        self.voids = 0  # slots given up in the hot path
+
+
 class Fused(NamedTuple):
-    """The append closures and the handles of their cells."""
+    """The append closures, and what changes them: `publish` their cell, `seldom` the rest."""
 
     log: Log
     log_many: Callable[[Mapping[str, object], int | None], None]
     publish: Callable[[dict[str, int], Segment | None], None]
-    set_current: Callable[[int], None]
-    current: Callable[[], int | None]
-    voids: Callable[[], int]
+    seldom: Seldom
 
 
-def fuse(  # noqa: PLR0915 - one scope, because its cells are what makes a call cost what an append costs
-    *,
-    check_name: Callable[[object], str],
-    to_float: Callable[[str, object], float],
-    to_iteration: Callable[[object], int],
-    slow: Callable[[str, float, int, int], None],
-    without_iteration: Callable[[str], int],
-    time_ns: Callable[[], int] = time.time_ns,
+def fuse(  # noqa: PLR0915 - one scope, because its cell is what makes a call cost what an append costs
+    seldom: Seldom, check_name: Callable[[object], str]
 ) -> Fused:
-    """Make `log(name, value, iteration=None)`: one function for good, whose cells change at roll, fork and stop.
+    """Make `log(name, value, iteration=None)`: one function for good, whose cell changes at roll, fork and stop.
 
-    `slow(name, value, iteration, time)` takes a record that the cells can't: a new name, a full segment, a writer not
-    open (yet, or any more). `without_iteration(name)` is asked for an iteration as long as none was ever set.
+    `seldom.slow(name, value, iteration, time)` takes a record that the cell can't: a new name, a full segment, a
+    writer not open (yet, or any more). `seldom.without_iteration(name)` is asked as long as no iteration was ever set.
 
     Order of work, each with its reason:
     1. Conversion and name before the slot: a tensor's `__float__` may wait 20 ms or raise, and would hold a slot open.
     2. One read of the cell: a roll or a fork in between can't mix two segments.
-    3. The slot by `for ... break`. Between taking it and the end of `pack_into` the interpreter looks neither at
+    3. The slot by `for ... in slots`. Between taking it and the end of `pack_into` the interpreter looks neither at
        signals nor at other threads (it does so at calls' ends and at backward jumps), so nothing can come between.
        Taken by a *call* it was lost to a signal in 1,131 of 11,237 interrupts.
     4. The marker last. Whatever raises meanwhile (a trace function can) leaves VOID where no marker stands yet;
        that path makes no Python call, which a second signal could interrupt.
     """
-    pack_into, pack_marker, struct_error, unset = _pack_into, _pack_marker, struct.error, _UNSET
-    marker_at, size = _MARKER_AT, SLOT_SIZE
     nothing: Any = ()
     cell: tuple[dict[str, int], Iterator[int], Any, int] = ({}, nothing, None, 0)
-    current: int | None = None
-    voids = 0
 
     def log(name: str, value: object, iteration: int | None = None) -> None:
-        nonlocal voids
         if type(value) is not float:
-            value = to_float(name, value)
+            value = seldom.to_float(name, value)
         if type(iteration) is not int:
-            if iteration is not None:
-                iteration = to_iteration(iteration)
-            else:
-                iteration = current
+            if iteration is None:
+                iteration = seldom.current
                 if iteration is None:
-                    iteration = without_iteration(name)
-        now = time_ns()
+                    iteration = seldom.without_iteration(name)
+            else:
+                iteration = seldom.to_iteration(iteration)
+        now = _time_ns()
         ids, slots, buffer, marker = cell
         try:
             metric_id = ids[name]
         except (KeyError, TypeError):  # new, or not even hashable
-            slow(name, value, iteration, now)
+            seldom.slow(name, value, iteration, now)
             return
         offset = 0
         try:
-            for offset in slots:  # noqa: B007
-                break
-            else:
-                slow(name, value, iteration, now)
-                return
-            pack_into(buffer, offset, now, value, iteration, metric_id, marker)
+            for offset in slots:
+                return _pack_into(buffer, offset, now, value, iteration, metric_id, marker)
         except BaseException as error:
-            if offset and buffer[offset + marker_at : offset + size] == unset:
-                pack_marker(buffer, offset + marker_at, marker | VOID)
-                voids += 1
-                if type(error) is struct_error:
-                    slow(name, value, iteration, now)  # says what doesn't fit: an iteration beyond int64
+            if offset and buffer[offset + _MARKER_AT : offset + SLOT_SIZE] == _UNSET:
+                _pack_marker(buffer, offset + _MARKER_AT, marker | VOID)
+                seldom.voids += 1
+                if type(error) is _StructError:
+                    seldom.slow(name, value, iteration, now)  # says what doesn't fit: an iteration beyond int64
                     return
             raise
+        seldom.slow(name, value, iteration, now)  # full, stopped, forked, or not mapped
 
     def log_many(values: Mapping[str, object], iteration: int | None = None) -> None:  # noqa: PLR0912
-        nonlocal voids
         if type(iteration) is not int:
-            iteration = to_iteration(iteration) if iteration is not None else current
+            iteration = seldom.current if iteration is None else seldom.to_iteration(iteration)
         rows: list[tuple[str, float]] = []
         for name, value in values.items():
-            rows.append((name, value if type(value) is float else to_float(name, value)))
-            if iteration is None:
-                iteration = without_iteration(name)
-        if iteration is None:  # no values
-            return
+            rows.append((name, value if type(value) is float else seldom.to_float(name, value)))
+        if iteration is None:
+            iteration = max((seldom.without_iteration(name) for name in values), default=0)
         if not _MIN_INT64 <= iteration <= _MAX_INT64:
-            iteration = to_iteration(iteration)
-        now = time_ns()
+            iteration = seldom.to_iteration(iteration)
+        now = _time_ns()
         ids, slots, buffer, marker = cell
         if not ids.keys() >= values.keys():
             for name, _ in rows:
                 check_name(name)
         for name, number in rows:
             metric_id = ids.get(name)
-            if metric_id is None:
-                slow(name, number, iteration, now)
-                continue
             offset = 0
             try:
-                for offset in slots:  # noqa: B007
-                    break
+                if metric_id is not None:
+                    for offset in slots:  # noqa: B007
+                        break
+                if offset:
+                    _pack_into(buffer, offset, now, number, iteration, metric_id, marker)
                 else:
-                    slow(name, number, iteration, now)
-                    continue
-                pack_into(buffer, offset, now, number, iteration, metric_id, marker)
+                    seldom.slow(name, number, iteration, now)
             except BaseException:
-                if offset and buffer[offset + marker_at : offset + size] == unset:
-                    pack_marker(buffer, offset + marker_at, marker | VOID)
-                    voids += 1
+                if offset and buffer[offset + _MARKER_AT : offset + SLOT_SIZE] == _UNSET:
+                    _pack_marker(buffer, offset + _MARKER_AT, marker | VOID)
+                    seldom.voids += 1
                 raise
 
     def publish(ids: dict[str, int], segment: Segment | None) -> None:
@@ -390,8 +392,4 @@ def fuse(  # noqa: PLR0915 - one scope, because its cells are what makes a call 
         else:  # closed, forked, or appended under the lock: every record takes the slow way
             cell = (ids, nothing, None, 0)
 
-    def set_current(iteration: int) -> None:
-        nonlocal current
-        current = iteration
-
-    return Fused(log, log_many, publish, set_current, lambda: current, lambda: voids)
+    return Fused(log, log_many, publish, seldom)

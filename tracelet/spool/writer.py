@@ -14,7 +14,7 @@ from tracelet.errors import SpoolError, SpoolFull
 from tracelet.guard import guard
 from tracelet.spool.disk import NO_ROOM, may_map
 from tracelet.spool.files import Abandoned, FileSet
-from tracelet.spool.points import Address, Log, fuse
+from tracelet.spool.points import Address, Log, Seldom, fuse
 from tracelet.spool.store import make_folder, usage
 
 __all__ = ["Address", "Counts", "Writer"]
@@ -89,13 +89,8 @@ class Writer:
         self._used = 0
         self._used_at = -_USAGE_FOR_S
         self._voids_before_fork = 0
-        self._fused = fuse(
-            check_name=check_name,
-            to_float=to_float,
-            to_iteration=to_iteration,
-            slow=self._slow,
-            without_iteration=self._without_iteration,
-        )
+        self._seldom = Seldom(to_float, to_iteration, self._slow, self._without_iteration)
+        self._fused = fuse(self._seldom, check_name)
         self.log = self._fused.log
 
     # ---- what callers use -------------------------------------------------------------------------------------
@@ -119,13 +114,13 @@ class Writer:
     @property
     def iteration(self) -> int:
         """The current iteration: 0 before any was set."""
-        return self._fused.current() or 0
+        return self._seldom.current or 0
 
     def set_iteration(self, iteration: int) -> None:
         """Make `iteration` the one that a log call without an own one takes."""
         if type(iteration) is not int or iteration not in _INT64:
             iteration = self._to_iteration(iteration)
-        self._fused.set_current(iteration)
+        self._seldom.current = iteration
 
     @property
     def writer_id(self) -> str | None:
@@ -144,7 +139,7 @@ class Writer:
     def counts(self) -> Counts:
         """How much this process has logged."""
         sets = list(self._sets.values())
-        points = sum(files.points() for files in sets) - (self._fused.voids() - self._voids_before_fork)
+        points = sum(files.points() for files in sets) - (self._seldom.voids - self._voids_before_fork)
         return Counts(points, sum(files.frames for files in sets), self._refused)
 
     def sync(self) -> None:
@@ -179,7 +174,7 @@ class Writer:
         self._end_due = None
         self._refused = 0
         self._retry_at = 0.0
-        self._voids_before_fork = self._fused.voids()
+        self._voids_before_fork = self._seldom.voids
 
     # ---- under the lock ---------------------------------------------------------------------------------------
 
@@ -270,7 +265,7 @@ class Writer:
         """0, for a call without an iteration while none was ever set; says so once, at a name's second."""
         if name in self._once:
             self._once.clear()
-            self._fused.set_current(0)
+            self._seldom.current = 0
             if self._repeated is not None:
                 self._repeated(name)
         else:
