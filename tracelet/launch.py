@@ -45,13 +45,19 @@ class ShipperProcess:
         """Whether it has ended; never waits."""
         return self._process.poll() is not None
 
+
+class _Detached(subprocess.Popen[bytes]):
+    """A process that is meant to live on when nobody holds this object any more."""
+
     def __del__(self) -> None:
-        # It is meant to live on, and Popen would complain with a ResourceWarning. A return code, any, tells it that
-        # nobody waits. A child that has ended by now was reaped by the poll; a later one is, at the latest, when
-        # this program ends and init inherits it.
-        process = getattr(self, "_process", None)
-        if process is not None and process.poll() is None:
-            process.returncode = 0
+        # Popen's own finalizer would complain with a ResourceWarning; what else it does is right: a child that goes
+        # on is remembered, and reaped when the next one is started. Not done in ShipperProcess, since the garbage
+        # collector may finalize the two in any order.
+        super().__del__(_warn=_say_nothing)  # type: ignore[call-arg]
+
+
+def _say_nothing(*_: object, **__: object) -> None:
+    pass
 
 
 def start_shipper(
@@ -77,7 +83,7 @@ def start_shipper(
         finally:
             os.close(writing)
         with open(folder / "shipper.log", "ab", buffering=0, opener=_private) as log:
-            process = subprocess.Popen(
+            process = _Detached(
                 [sys.executable, "-P", "-c", _MAIN, _PACKAGE_ROOT, str(folder)],
                 stdin=reading,
                 stdout=log,
