@@ -17,6 +17,7 @@ from typing import Any
 
 from tracelet import backends, launch, settings
 from tracelet.cli import reach
+from tracelet.cli.facts import address
 from tracelet.cli.find import add_dir
 from tracelet.cli.masking import Sieve, shown
 from tracelet.cli.text import age, count, size, table
@@ -110,9 +111,7 @@ def examine(
 # ---- settings ----------------------------------------------------------------------------------------------------
 
 
-def _settings(
-    report: Report, environ: Mapping[str, str], cwd: Path, given_dir: str | None
-) -> settings.Settings | None:
+def _settings(report: Report, environ: Mapping[str, str], cwd: Path, given_dir: str | None) -> settings.Settings | None:
     """The settings, each wrong one reported and left out, so that one slip does not hide the rest."""
     left = dict(environ)
     while True:
@@ -137,11 +136,13 @@ def _settings(
 
 def _variable_of(error: ConfigError, environ: Mapping[str, str]) -> str | None:
     """The variable that a settings error is about, None if it is about something else."""
-    name = error.facts.get("setting")
+    name = str(error.facts.get("setting"))
     if name in environ:
-        return str(name)
+        return name
     variable = next((s.env for s in settings.SETTINGS if s.name == name and s.env is not None), None)
-    return variable if variable in environ and error.facts.get("value") == environ[variable] else None
+    if variable is None or variable not in environ:
+        return None
+    return variable if error.facts.get("value") == environ[variable] else None
 
 
 def _value(resolved: settings.Settings, name: str) -> str | None:
@@ -186,7 +187,9 @@ def _spool(report: Report, folder: Path) -> None:
     while not base.exists() and base != base.parent:
         base = base.parent
     if not base.is_dir():
-        report.problem(f"the spool's folder {folder} can't be made: {base} is a file", "set TRACELET_DIR to another one")
+        report.problem(
+            f"the spool's folder {folder} can't be made: {base} is a file", "set TRACELET_DIR to another one"
+        )
         return
     try:
         with tempfile.NamedTemporaryFile(dir=base, prefix=".tracelet-doctor-"):
@@ -224,7 +227,8 @@ def _destinations(report: Report, resolved: settings.Settings, offline: bool) ->
     if not chosen.destinations:
         report.notes.append(
             "No destination: runs stay in the spool until `tracelet ship --to` delivers them."
-            " Set TRACELET_BACKEND, MLFLOW_TRACKING_URI or OTEL_EXPORTER_OTLP_ENDPOINT, or install tracelet-otel[mlflow]."
+            " Set TRACELET_BACKEND, MLFLOW_TRACKING_URI or OTEL_EXPORTER_OTLP_ENDPOINT, or install"
+            " tracelet-otel[mlflow]."
         )
     for destination in chosen.destinations:
         entry: dict[str, Any] = {"id": destination["id"], "kind": destination["kind"], "address": address(destination)}
@@ -239,21 +243,6 @@ def _destinations(report: Report, resolved: settings.Settings, offline: bool) ->
         if not answer.ok:
             report.problem(f"{destination['kind']} at {entry['address']}: {answer.said}", answer.advice)
     return list(chosen.secrets.values())
-
-
-def address(destination: Mapping[str, Any]) -> str:
-    """Where a destination of a manifest is, for a person; without secrets, as the manifest itself."""
-    kind, spec = destination["kind"], destination.get("spec", {})
-    if kind == "mlflow":
-        return str(spec.get("tracking_uri"))
-    if kind == "file":
-        return str(spec.get("path"))
-    if kind == "otlp":
-        named = spec.get("endpoint") or next(
-            (value for name, value in spec.get("environment", {}).items() if name.endswith("ENDPOINT")), None
-        )
-        return str(named) if named else "OTLP's default on localhost"
-    return "standard output" if kind == "console" else "?"
 
 
 def _shipper(report: Report, resolved: settings.Settings) -> None:
@@ -279,7 +268,10 @@ def render(report: Report) -> str:
         (
             "Settings",
             table(
-                [[name, "-" if s["value"] is None else s["value"], str(s["origin"])] for name, s in report.settings.items()],
+                [
+                    [name, "-" if s["value"] is None else s["value"], str(s["origin"])]
+                    for name, s in report.settings.items()
+                ],
                 indent="  ",
             ),
         ),

@@ -50,6 +50,8 @@ def check(
         ask: Callable[[], Reach] = lambda: _otlp(spec, secrets, environ, timeout_s)  # noqa: E731
     elif kind == "mlflow":
         uri = tracking_uri(destination, secrets)
+        if uri.startswith("sqlite"):
+            return _sqlite(uri)
         if urlsplit(uri).scheme.lower() in ("http", "https"):
             ask = lambda: _mlflow_server(uri, environ, project, timeout_s)  # noqa: E731
         else:
@@ -66,9 +68,7 @@ def _within(ask: Callable[[], Reach], limit_s: float) -> Reach:
     def run() -> None:
         try:
             answers.append(ask())
-        except (TraceletError, OSError) as error:
-            answers.append(Reach(False, _words(error)))
-        except Exception as error:  # the doctor names every illness, a driver's own exceptions among them
+        except Exception as error:  # noqa: BLE001 - the doctor names every illness, a driver's own errors among them
             answers.append(Reach(False, _words(error)))
 
     started = time.monotonic()
@@ -128,8 +128,6 @@ def _mlflow_advice(reason: str) -> str | None:
 
 
 def _database(uri: str, timeout_s: float) -> Reach:
-    if uri.startswith("sqlite"):
-        return _sqlite(uri)
     try:
         import sqlalchemy
     except ImportError:
@@ -195,7 +193,42 @@ def _quoted(path: str) -> str:
 
 
 def _otlp(spec: Mapping[str, Any], secrets: Mapping[str, Any], environ: Mapping[str, str], timeout_s: float) -> Reach:
-    raise NotImplementedError
+    """An empty export for each signal, by the very senders that a shipper uses: address, TLS and headers are tried."""
+    from tracelet.exporters.otlp_wire import Sender, options_for
+
+    given = spec.get("timeout_s")
+    brief = {**spec, "timeout_s": timeout_s if given is None else min(given, timeout_s)}
+    taken, amiss = [], []
+    for signal in spec["signals"]:
+        options = options_for(signal, brief, secrets, environ)
+        sender: Sender
+        if options.protocol == "grpc":
+            from tracelet.exporters.otlp_grpc import GrpcSender
+
+            sender = GrpcSender(options)
+        else:
+            from tracelet.exporters.otlp_http import HttpSender
+
+            sender = HttpSender(options)
+        try:
+            reply = sender.send(b"")
+        finally:
+            sender.close()
+        if reply.kind in ("accepted", "refused", "too_large"):
+            taken.append(signal)  # a receiver that dislikes an empty export was reached, and let us in
+            continue
+        amiss.append(f"{signal}: {reply.reason}")
+        if not reply.elsewhere:
+            break  # the same address again would be the same wait again
+    if not amiss:
+        return Reach(True, f"takes {', '.join(taken)}")
+    return Reach(False, "; ".join(amiss), None if reply.loud else _OTLP_ADVICE)
+
+
+_OTLP_ADVICE = (
+    "start the receiver, or correct OTEL_EXPORTER_OTLP_ENDPOINT (and OTEL_EXPORTER_OTLP_PROTOCOL: http/protobuf is"
+    " mostly port 4318, grpc 4317); until then the data waits here"
+)
 
 
 # ---- file --------------------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ def number(value: float) -> str:
         >>> number(0.1), number(float("nan")), number(1234567.0), number(2 / 3)
         ('0.1', 'nan', '1234567', '0.666667')
     """
-    return f"{value:.7g}" if value == value and abs(value) >= 1e5 else f"{value:.6g}"
+    return f"{value:.7g}" if abs(value) >= 1e5 else f"{value:.6g}"
 
 
 def size(number_of_bytes: float) -> str:

@@ -1,0 +1,226 @@
+"""What a run's folder tells of it: its state, what was logged, what each destination has, and what waits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tracelet import codec
+from tracelet.errors import SpoolError
+from tracelet.records import FlushAsked, MetricNamed, WriterOpened
+from tracelet.spool import lease, store
+from tracelet.spool.cursor import DestinationProgress, Progress
+from tracelet.spool.reader import START, Position, SpoolReader
+
+__all__ = ["NOT_DELIVERED", "RUNNING", "Destination", "Facts", "address", "look", "newest"]
+
+RUNNING, NOT_DELIVERED, UNREADABLE = "RUNNING", "ended, not delivered", "unreadable"
+
+_AT_ONCE = 1 << 20  # slots asked of the reader at a time
+_SILENT = frozenset(codec.kind_of(kind) for kind in (WriterOpened, MetricNamed, FlushAsked))
+_RECORD = 32  # bytes of a point
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """One destination of a run, and how far it is. Points, unless said otherwise."""
+
+    id: str
+    kind: str
+    address: str
+    in_process: bool  # served by the program itself: nobody else can deliver there
+    delivered: int
+    refused: int  # points and other items, for good
+    waiting: int
+    waiting_records: int  # params, tags, spans, artifacts, ends
+    over: bool  # it has the end of every attempt
+    memory: Mapping[str, Any]  # "run_id" and "link", when known
+
+    @property
+    def waits(self) -> bool:
+        """Whether something is still to be taken there, the end of the run included."""
+        return not self.in_process and not (self.over and not self.waiting and not self.waiting_records)
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """A run on one host, as its folder tells it."""
+
+    folder: Path
+    run_id: str
+    manifest: store.Manifest | None
+    problem: str | None
+    state: str
+    started_unix_nano: int
+    alive: tuple[str, ...]  # writers whose process lives
+    shipper_pid: int | None
+    logged: int
+    destinations: tuple[Destination, ...]
+
+    @property
+    def title(self) -> str:
+        """Project and name."""
+        return f"{self.manifest.project}/{self.manifest.run_name}" if self.manifest else "?"
+
+    @property
+    def waiting(self) -> int:
+        """Points that some destination doesn't have; all of them, where there is no destination."""
+        if not self.destinations:
+            return self.logged
+        return max((d.waiting for d in self.destinations if not d.in_process), default=0)
+
+    @property
+    def waiting_records(self) -> int:
+        """The most records other than points that a destination doesn't have."""
+        return max((d.waiting_records for d in self.destinations if not d.in_process), default=0)
+
+    @property
+    def waits(self) -> bool:
+        """Whether something is undelivered: at some destination, or because there is none."""
+        return not self.destinations or any(d.waits for d in self.destinations)
+
+    @property
+    def refused(self) -> int:
+        """What destinations refused for good."""
+        return sum(d.refused for d in self.destinations)
+
+
+def look(entry: store.RunFolder) -> Facts:
+    """Read a run's folder, from another process than its writers'.
+
+    What is delivered and what waits is exact. What was logged is their sum, so it stays right when delivered segments
+    are deleted; it counts a param or an artifact that was refused for good as a point. A run that is being written
+    goes on meanwhile.
+
+    Cost: reads what waits, not what is delivered.
+    """
+    folder, manifest = entry.folder, entry.manifest
+    reader = SpoolReader(folder)
+    try:
+        writers = reader.writers()
+        alive = tuple(writer for writer in writers if lease.is_alive(folder, writer))
+        attempt_of = {writer: _attempt_of(reader, writer) for writer in writers}
+        progress, problem = _progress(folder, entry.problem)
+        destinations = tuple(
+            _destination(reader, destination, progress.get(identity), attempt_of, alive)
+            for identity, destination in (manifest.destinations if manifest else {}).items()
+        )
+        if destinations:
+            logged = max(d.delivered + d.refused + d.waiting for d in destinations)
+        else:
+            logged = sum(count_beyond(reader, writer, START, dead=writer not in alive)[0] for writer in writers)
+    finally:
+        reader.close()
+    return Facts(
+        folder=folder,
+        run_id=entry.run_id,
+        manifest=manifest,
+        problem=problem,
+        state=_state(manifest, problem, alive),
+        started_unix_nano=min((a.started_unix_nano for a in manifest.attempts), default=0) if manifest else 0,
+        alive=alive,
+        shipper_pid=lease.shipper_alive(folder),
+        logged=logged,
+        destinations=destinations,
+    )
+
+
+def _progress(folder: Path, problem: str | None) -> tuple[Mapping[str, DestinationProgress], str | None]:
+    """What the journals say, and why they can't be read, if so."""
+    progress = Progress(folder)
+    try:
+        progress.refresh()
+    except SpoolError as error:
+        return {}, problem or str(error)
+    return progress.destinations, problem
+
+
+def newest(manifest: store.Manifest) -> store.Attempt | None:
+    """The attempt that was started last: the one whose end is the run's."""
+    return max(manifest.attempts, key=lambda attempt: attempt.started_unix_nano, default=None)
+
+
+def _state(manifest: store.Manifest | None, problem: str | None, alive: Sequence[str]) -> str:
+    if problem is not None:
+        return UNREADABLE
+    if alive:
+        return RUNNING
+    attempt = newest(manifest) if manifest else None
+    if attempt is not None and attempt.ended is not None:
+        return str(attempt.ended["status"])
+    return NOT_DELIVERED
+
+
+def opening(reader: SpoolReader, writer: str) -> WriterOpened | None:
+    """The first frame of a writer, None where it can't be read."""
+    for kind, payload in reader.scan_frames(writer):
+        record = codec.decode(kind, payload)
+        return record if isinstance(record, WriterOpened) else None
+    return None
+
+
+def _attempt_of(reader: SpoolReader, writer: str) -> str | None:
+    opened = opening(reader, writer)
+    return None if opened is None else opened.attempt_key
+
+
+def _destination(
+    reader: SpoolReader,
+    destination: Mapping[str, Any],
+    progress: DestinationProgress | None,
+    attempt_of: Mapping[str, str | None],
+    alive: Sequence[str],
+) -> Destination:
+    """How far `destination` is. It gets all writers of the run, also those of attempts before it was named."""
+    points = records = 0
+    for writer in attempt_of:
+        position = progress.positions.get(writer, START) if progress is not None else START
+        more_points, more_records = count_beyond(reader, writer, position, dead=writer not in alive)
+        points, records = points + more_points, records + more_records
+    begun = {attempt for attempt in attempt_of.values() if attempt is not None}
+    return Destination(
+        id=str(destination["id"]),
+        kind=str(destination["kind"]),
+        address=address(destination),
+        in_process=bool(destination.get("in_process")),
+        delivered=progress.delivered if progress is not None else 0,
+        refused=progress.refused if progress is not None else 0,
+        waiting=points,
+        waiting_records=records,
+        over=progress is not None and all(progress.done.get(attempt) for attempt in begun),
+        memory=progress.memory if progress is not None else {},
+    )
+
+
+def count_beyond(reader: SpoolReader, writer: str, position: Position, *, dead: bool) -> tuple[int, int]:
+    """Points, and records of other kinds, that `writer` has after `position`, as of now."""
+    points = records = 0
+    asked_again = False
+    while True:
+        ranges, position = reader.poll(writer, position, _AT_ONCE, dead=dead)
+        for piece in ranges:
+            taken = reader.read(piece)
+            points += len(taken.records) // _RECORD
+            records += sum(kind not in _SILENT for _, kind, _ in taken.frames)
+        if sum(piece.end - piece.first for piece in ranges) >= _AT_ONCE:
+            continue
+        # Where stores may be seen out of order (arm64) a slot counts only from the second look on.
+        if ranges or asked_again:
+            return points, records
+        asked_again = True
+
+
+def address(destination: Mapping[str, Any]) -> str:
+    """Where a destination is, for a person; without secrets, as the manifest itself."""
+    kind, spec = destination["kind"], destination.get("spec", {})
+    if kind == "mlflow":
+        return str(spec.get("tracking_uri"))
+    if kind == "file":
+        return str(spec.get("path", "?"))
+    if kind == "otlp":
+        variables = spec.get("environment", {})
+        named = spec.get("endpoint") or next((v for n, v in variables.items() if n.endswith("ENDPOINT")), None)
+        return str(named) if named else "OTLP's default on localhost"
+    return "its own output" if kind == "console" else "?"

@@ -1,0 +1,305 @@
+"""`tracelet ship`: delivers what waits, in this process and with its caller's credentials, and says what is left."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tracelet import backends, settings
+from tracelet.cli.facts import RUNNING, Destination, Facts, look, newest
+from tracelet.cli.find import UsageError, add_dir, all_runs, chosen, short_ids
+from tracelet.cli.masking import Sieve
+from tracelet.cli.text import count, plain
+from tracelet.cli.watch import Line, Pace, Watch
+from tracelet.errors import SpoolError, TraceletError
+from tracelet.settings import Settings
+from tracelet.shipper.process import ship
+from tracelet.spool import lease, store
+from tracelet.spool.cursor import Progress
+
+__all__ = ["add", "run"]
+
+LOOK_S = 0.1
+GIVE_UP_S = 30.0
+"""How long every destination may answer "not now" without anything moving until the rest is left for another time."""
+GIVE_UP_AGAIN_S = 3.0
+"""The same, for destinations that were given up for a run before."""
+QUIET_S = 5.0
+"""Without a terminal: how often a line says how far it is."""
+
+WHERE = ("mlflow", "otlp", "file")
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    """Make the parser of this command."""
+    command = commands.add_parser(
+        "ship",
+        help="deliver what waits, now and from here",
+        description="Delivers what waits of these runs, or of all that have ended, to the destinations they name, with"
+        " the credentials and variables of whoever calls it. A run on which a shipper is at work is watched instead."
+        " Delivering again what has arrived has no effect. It gives up a run when no destination takes anything for"
+        " half a minute; nothing is lost by that. Exits with 1 if something is left, and says why.",
+        allow_abbrev=False,
+    )
+    command.add_argument(
+        "wanted",
+        metavar="RUN_OR_DIR",
+        nargs="*",
+        help="the beginning of a run's id, its name, its folder, or a folder of runs (default: all that have ended)",
+    )
+    command.add_argument(
+        "--all", action="store_true", help="also runs that still go on: what they have so far, if nobody ships it"
+    )
+    command.add_argument(
+        "--to",
+        metavar="DESTINATION",
+        action="append",
+        default=[],
+        help=f"deliver also to {', '.join(WHERE[:-1])} or {WHERE[-1]}, whose address is in the environment"
+        " (MLFLOW_TRACKING_URI, OTEL_EXPORTER_OTLP_ENDPOINT); needed for a run that was logged without a destination",
+    )
+    command.add_argument("--timeout", metavar="TIME", help="leave after this long: 90, 10min or 2h (default: never)")
+    add_dir(command)
+    return command
+
+
+def run(args: argparse.Namespace) -> int:
+    """Ship one run after the other. 1 if something is left of one of them."""
+    resolved = settings.from_process({"dir": args.dir})
+    until = None if args.timeout is None else time.monotonic() + _seconds(args.timeout)
+    entries = chosen(resolved.dir, args.wanted)
+    ids = short_ids([*entries, *all_runs(resolved.dir)])
+    todo = [facts for facts in map(look, entries) if _is_meant(facts, args)]
+    if not todo:
+        print("Nothing waits." if entries else f"No runs in {resolved.dir}.")
+        return 0
+    job = Job(resolved, named=_named(args.to, resolved), until=until)
+    left = 0
+    for facts in reversed(todo):  # the oldest first
+        left += not job.deliver(facts, ids[facts.run_id])
+    if len(todo) > 1:
+        done = len(todo) - left
+        print(f"{count(done, 'run')} delivered" + (f", {left:,} not: see above" if left else ""))
+    return 1 if left else 0
+
+
+def _is_meant(facts: Facts, args: argparse.Namespace) -> bool:
+    if args.wanted:
+        return True
+    return (facts.waits or facts.problem is not None) and (args.all or facts.state != RUNNING)
+
+
+def _seconds(text: str) -> float:
+    try:
+        return settings.parse_duration(text)
+    except ValueError as error:
+        raise UsageError(f"--timeout is {text!r}, but has to be {error}") from None
+
+
+def _named(to: Sequence[str], resolved: Settings) -> backends.Chosen | None:
+    """The destinations that `--to` names; None if it names none."""
+    if not to:
+        return None
+    names = [name.strip() for part in to for name in part.split(",") if name.strip()]
+    wrong = next((name for name in names if name not in WHERE), None)
+    if wrong is not None or not names:
+        raise UsageError(f"--to {wrong or ''!r} can't be shipped to: use {', '.join(WHERE)}")
+    return backends.choose(names, tracking_uri=None, environ=resolved.environ, cwd=resolved.cwd)
+
+
+class Job:
+    """One call of the command: where to, for how long, and what has been given up so far."""
+
+    def __init__(self, resolved: Settings, *, named: backends.Chosen | None, until: float | None) -> None:
+        self._settings = resolved
+        self._named = named
+        self._until = until
+        self._given_up: set[str] = set()
+        self._line = Line(sys.stderr, every_s=QUIET_S)
+        self._sieve = Sieve(resolved.environ, named.secrets.values() if named is not None else ())
+
+    def deliver(self, facts: Facts, short: str) -> bool:
+        """Deliver one run; whether nothing of it is left (of one that goes on: of what it had by now)."""
+        title = f"{short} {plain(facts.title, 40)}"
+        try:
+            if facts.problem is not None or facts.manifest is None:
+                raise SpoolError(facts.problem or f"{facts.folder} has no manifest yet: its program has just begun")
+            if facts.shipper_pid is not None:
+                watched = self._watch(facts, title)
+                if watched is not None:
+                    return watched
+            facts = _again(facts)
+            secrets = self._destinations_for(facts)
+            facts = _again(facts)
+            if not facts.waits:
+                print(f"{title}: all is delivered to {_names(facts)}")
+                return True
+            return self._ship(facts, title, secrets)
+        except TraceletError as error:
+            print(f"{title}: not delivered: {error}")
+            return False
+
+    # ---- where to ------------------------------------------------------------------------------------------------
+
+    def _destinations_for(self, facts: Facts) -> Mapping[str, Mapping[str, Any]]:
+        """See that the run names a destination, and that each of `--to` is among them; the secrets of those added."""
+        named = self._named
+        if named is None and not facts.destinations:
+            named = self._from_environment(facts)
+        if named is None:
+            return {}
+        known = {d.id for d in facts.destinations}
+        new = [destination for destination in named.destinations if destination["id"] not in known]
+        if new:
+            _write_down(facts.folder, new)
+        return named.secrets
+
+    def _from_environment(self, facts: Facts) -> backends.Chosen:
+        resolved = self._settings
+        named = backends.choose(
+            resolved.backend,
+            tracking_uri=resolved.tracking_uri,
+            environ=resolved.environ,
+            cwd=resolved.cwd,
+            mlflow_installed=False,  # MLflow's local store is a default for training, not for somebody else's folder
+        )
+        if not named.destinations:
+            raise SpoolError(
+                "it was logged without a destination, and nothing here names one: add --to mlflow (or otlp, file), or"
+                " set MLFLOW_TRACKING_URI or OTEL_EXPORTER_OTLP_ENDPOINT",
+                folder=str(facts.folder),
+            )
+        return named
+
+    # ---- a shipper that is at work already ------------------------------------------------------------------------
+
+    def _watch(self, facts: Facts, title: str) -> bool | None:
+        """Follow another shipper until a running run's points of now are delivered (True) or the time is over (False).
+
+        None: it has left, and what it left is for us.
+        """
+        print(f"{title}: a shipper is at work on it (pid {facts.shipper_pid}); watching it", flush=True)
+        progress, pace = Progress(facts.folder), Pace(facts)
+        try:
+            while lease.shipper_alive(facts.folder) is not None:
+                progress.refresh()
+                pace.take(progress.destinations)
+                self._line.show(f"{title}: {pace.words()}")
+                through = all(pace.arrived(d.id) >= d.waiting for d in facts.destinations if not d.in_process)
+                if self._is_late() or (facts.state == RUNNING and through):
+                    self._line.clear()
+                    words = "all points so far are delivered" if through else "the time is over"
+                    print(f"{title}: {words}; its shipper goes on")
+                    return through
+                time.sleep(LOOK_S)
+        finally:
+            self._line.clear()
+        return None
+
+    def _is_late(self) -> bool:
+        return self._until is not None and time.monotonic() >= self._until
+
+    # ---- shipping ---------------------------------------------------------------------------------------------------
+
+    def _ship(self, facts: Facts, title: str, secrets: Mapping[str, Mapping[str, Any]]) -> bool:
+        watch, stop, errors = Watch(), threading.Event(), list[BaseException]()
+        environ = self._settings.environ
+
+        def work() -> None:
+            try:
+                ship(facts.folder, secrets=secrets, environ=environ, stop=stop, build=watch.build)
+            except BaseException as error:  # noqa: BLE001 - handed to the main thread, which raises it
+                errors.append(error)
+
+        thread = threading.Thread(target=work, name="tracelet-ship", daemon=True)
+        started = time.monotonic()
+        progress, pace = Progress(facts.folder), Pace(facts)
+        thread.start()
+        try:
+            while thread.is_alive():
+                thread.join(LOOK_S)
+                progress.refresh()
+                pace.take(progress.destinations)
+                self._line.show(self._sieve(f"{title}: {pace.words()}{_said(facts, watch)}"))
+                if self._is_late() or self._is_hopeless(watch, pace):
+                    stop.set()
+        finally:
+            stop.set()  # on Ctrl-C: the request under way still gets its answer, so nothing has to be sent again
+            thread.join(20.0)
+            self._line.clear()
+        if errors:
+            raise errors[0]
+        return self._tell(facts, title, watch, pace, time.monotonic() - started)
+
+    def _is_hopeless(self, watch: Watch, pace: Pace) -> bool:
+        trouble = watch.trouble().keys()
+        if not trouble or watch.is_asking():
+            return False
+        if pace.still_s() < (GIVE_UP_AGAIN_S if trouble <= self._given_up else GIVE_UP_S):
+            return False
+        self._given_up.update(trouble)
+        return True
+
+    def _tell(self, before: Facts, title: str, watch: Watch, pace: Pace, took_s: float) -> bool:
+        """Say what arrived, what is left and why; whether nothing is left."""
+        facts = _again(before)
+        arrived = ", ".join(f"{pace.arrived(d.id):,} to {d.kind}" for d in facts.destinations if not d.in_process)
+        print(f"{title}: points delivered: {arrived} in {took_s:.1f} s")
+        refused_before = {d.id: d.refused for d in before.destinations}
+        for d in facts.destinations:
+            if d.memory.get("link"):
+                print(f"  see it in {d.kind}: {d.memory['link']}")
+            if d.refused > refused_before.get(d.id, 0):
+                more = d.refused - refused_before.get(d.id, 0)
+                print(f"  {d.kind} refused {count(more, 'item')} for good: see {facts.folder}/rejected-{d.id}.jsonl")
+        trouble = watch.trouble()
+        left = [d for d in facts.destinations if d.waits]
+        if facts.state == RUNNING:
+            print("  it goes on: what it logs from now on waits for another `tracelet ship`")
+            left = [d for d in left if d.id in trouble]
+        for d in left:
+            why = trouble.get(d.id) or ("the time was over" if self._is_late() else "it was still on its way")
+            print(f"  LEFT for {d.kind} ({d.address}): {_amount(d)}\n    because: {self._sieve(why)}")
+        if left:
+            print("  Nothing is lost: mend it, then `tracelet ship` again; `tracelet doctor` tries the destinations.")
+        return not left
+
+
+def _amount(d: Destination) -> str:
+    if not d.waiting and not d.waiting_records:
+        return "the end of the run"
+    return f"{count(d.waiting, 'point')} and {count(d.waiting_records, 'other record')}"
+
+
+def _said(facts: Facts, watch: Watch) -> str:
+    """What destinations say that won't take anything now."""
+    kinds = {d.id: d.kind for d in facts.destinations}
+    parts = [f"{kinds.get(i, i)} says: {plain(why, 120)}" for i, why in watch.trouble().items()]
+    return " | " + "; ".join(parts) if parts else ""
+
+
+def _again(facts: Facts) -> Facts:
+    """The run as it is now."""
+    return look(store.RunFolder(facts.run_id, facts.folder, store.read_manifest(facts.folder)))
+
+
+def _write_down(folder: Path, new: Sequence[Mapping[str, Any]]) -> None:
+    """Add destinations to the run's newest attempt: every later shipper and reader knows of them."""
+
+    def change(manifest: store.Manifest | None) -> store.Manifest:
+        attempt = newest(manifest) if manifest is not None else None
+        if manifest is None or attempt is None:
+            raise SpoolError(f"{folder} holds no run that has begun", folder=str(folder))
+        return manifest.with_attempt(dataclasses.replace(attempt, destinations=(*attempt.destinations, *new)))
+
+    store.update_manifest(folder, change)
+
+
+def _names(facts: Facts) -> str:
+    return ", ".join(d.kind for d in facts.destinations)
