@@ -235,7 +235,7 @@ class Lane:
             return None
         for attempt in self._site.manifest.attempts:
             decided = self._site.decided.get(attempt.key)
-            if decided is None or self.is_done(attempt.key):
+            if decided is None or self.is_done(attempt.key) or self._site.is_hollow(attempt):
                 continue
             held_open = decided.age_s(self._clock.monotonic()) < LATE_WRITER_S
             waiting = [
