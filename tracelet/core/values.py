@@ -97,10 +97,8 @@ def to_float(name: str, value: object) -> float:
     if kind is float:
         return value  # type: ignore[return-value]
     if kind is not int and kind is not bool:
-        # str and bytes are refused by name: float("0.1") works, and would hide that a text was logged.
-        if isinstance(value, (str, bytes, bytearray, memoryview)) or value is None:
-            raise _not_a_number(name, value)
-        if isinstance(value, complex):  # numpy.complex128 is one
+        # Refused by name: float("0.1") works, and would hide that a text was logged. numpy.complex128 is a complex.
+        if value is None or isinstance(value, (str, bytes, bytearray, memoryview, complex)):
             raise _not_a_number(name, value)
         shape = getattr(value, "shape", ())
         # float() takes arrays and tensors of one element and any shape; which one was meant is not for us to guess.
