@@ -147,8 +147,9 @@ def print_summary(exp: tracelet.Experiment, history: dict[str, list[float]], del
         print(f"{name:<16}{values[0]:>10.4f}{values[-1]:>10.4f}{values[best]:>10.4f}  {best + 1} of {epochs}")
 
     stats = exp.stats
-    print(f"\nrun {exp.id}: {stats.logged} records logged, {stats.waiting} waiting, {stats.refused} refused")
-    for destination, link in exp.links(timeout=10).items():
+    links = {name: link for name, link in exp.links(timeout=10).items() if link.startswith("http")}
+    print(f"\nrun {exp.id}: {stats.logged} values logged, {stats.waiting} waiting, {stats.refused} refused")
+    for destination, link in links.items():
         print(f"  {destination}: {link}")
     if not delivered:
         print("Not everything has arrived yet. `tracelet runs` shows what waits, `tracelet ship` sends it.")
@@ -161,7 +162,7 @@ def ui_command() -> str:
     if address.startswith("http"):
         return f"{sys.executable} -m webbrowser {address}"
     store = address or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
-    return f"{sys.executable} -m mlflow ui --backend-store-uri {store}   # then open http://127.0.0.1:5000"
+    return f"{sys.executable} -m mlflow ui --backend-store-uri {store}    # then open http://127.0.0.1:5000"
 
 
 if __name__ == "__main__":
