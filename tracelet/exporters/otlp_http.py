@@ -8,6 +8,7 @@ SDK is touched, and none of its retries, drops and log lines come into play: it 
 from __future__ import annotations
 
 import gzip
+import re
 import time
 import zlib
 from collections.abc import Mapping
@@ -133,7 +134,7 @@ class HttpSender:
         if isinstance(error, requests.exceptions.Timeout):
             return Reply("later", self._clean(f"no answer in time from the OTLP receiver{address}"))
         wrong = isinstance(error, (requests.exceptions.SSLError, requests.exceptions.InvalidURL, ValueError))
-        return Reply("later", self._clean(f"the OTLP receiver{address} can't be reached: {error}"), loud=wrong)
+        return Reply("later", self._clean(f"the OTLP receiver{address} can't be reached: {_cause(error)}"), loud=wrong)
 
     def _read(self, answer: requests.Response) -> Reply:
         status = answer.status_code
@@ -229,6 +230,14 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 def _place(answer: requests.Response) -> str:
     parts = urlsplit(answer.url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+def _cause(error: requests.RequestException) -> str:
+    """The last cause of a chain of errors, which alone says something: "[Errno 111] Connection refused"."""
+    inner = error.args[0] if error.args else error
+    text = str(getattr(inner, "reason", None) or inner)
+    text = re.sub(r"^\w*(Connection|Pool)\w*\(.*?\): ", "", text)
+    return text.removeprefix("Failed to establish a new connection: ")
 
 
 def _message(answer: requests.Response) -> str:
