@@ -77,7 +77,6 @@ class Lane:
         self._resumed = False  # the batch in hand was under way when a shipper died
         self._positions: dict[str, Position] = dict(self._journal.positions)
         self._drained: set[str] = set()  # writers of which nothing is left to read, for good
-        self._turn = 0
         self._not_before = 0.0
         self.active_at = clock.monotonic()
         self._beat_at: float | None = None
@@ -200,12 +199,16 @@ class Lane:
             gathered = self._gathered = Gathering(self._reader, self._site.roster)
         now = self._clock.monotonic()
         before = gathered.slots
-        writers = self._site.writers
-        self._turn += 1  # another one first each time: a writer at full speed must not starve its siblings
-        for index in range(len(writers)):
-            if gathered.slots >= exporter.max_points:
-                break
-            self._poll(writers[(self._turn + index) % len(writers)], gathered, exporter.max_points, now)
+        writers, limit = self._site.writers, exporter.max_points
+        # In order of appearance, but each only its share at first: one at full speed must not starve its siblings.
+        greedy = []
+        for index, writer in enumerate(writers):
+            share = max(1, (limit - gathered.slots) // (len(writers) - index))
+            if gathered.slots < limit and self._poll(writer, gathered, share, now) >= share:
+                greedy.append(writer)
+        for writer in greedy:
+            if gathered.slots < limit:
+                self._poll(writer, gathered, limit - gathered.slots, now)
         if gathered.slots > before:
             self.active_at = now
         if not gathered.slots:
@@ -216,10 +219,11 @@ class Lane:
             return None
         return self._assemble(gathered.pieces, self._journal.number + 1, exporter)
 
-    def _poll(self, writer: str, gathered: Gathering, limit: int, now: float) -> None:
+    def _poll(self, writer: str, gathered: Gathering, room: int, now: float) -> int:
+        """Gather at most `room` slots of one writer; how many it were."""
         dead = self._site.deaths.is_dead(writer)  # asked before the poll: what is read afterwards is all there is
         position = self._positions.get(writer, START)
-        ranges, after = self._reader.poll(writer, position, limit - gathered.slots, dead=dead)
+        ranges, after = self._reader.poll(writer, position, room, dead=dead)
         if ranges or after != position:
             gathered.take(writer, ranges, after, now)
             self._positions[writer] = after
@@ -228,6 +232,7 @@ class Lane:
             self._drained.add(writer)
         else:
             self._drained.discard(writer)
+        return sum(piece.end - piece.first for piece in ranges)
 
     def _end(self) -> Assembled | None:
         """The end of an attempt whose writers' last slots have all been acknowledged here."""
