@@ -21,6 +21,7 @@ from tests.mlflow_batches import (
     exporters_closed,
     opened,
     opened_exporter,
+    persist,
     points,
     run_info,
     started,
@@ -312,6 +313,60 @@ def test_an_unclear_create_makes_no_second_run(mlflow_server: MlflowServer, run:
     deliver(again, batch(run, rows=[("m", 2.0, 2, 2)], number=2))
     assert mlflow_id(again) == mlflow_id(exporter)
     assert len(proxy.calls("runs/create")) == 1
+
+
+def refusing(word: bytes) -> Any:
+    """A rule: what holds `word` is refused as MLflow refuses a whole request for one thing in it."""
+    no = b'{"error_code":"INVALID_PARAMETER_VALUE","message":"not this one"}'
+    return lambda seen: Spoil(forward=False, answer=(400, no, {})) if word in seen.body else Spoil()
+
+
+def test_one_refused_thing_does_not_keep_the_rest_of_its_request_out(
+    mlflow_server: MlflowServer, run: RunInfo, proxy: Proxy
+) -> None:
+    exporter = opened_exporter(proxy.uri, run)
+    proxy.rule = refusing(b"bad")
+    params = {("bad param" if n == 33 else f"p{n}"): n for n in range(100)}
+    tags = {("bad tag" if n == 0 else f"t{n}"): "x" for n in range(100)}
+    rows = [("bad" if n in (0, 700) else "m", float(n), n, n) for n in range(999)]
+    one = batch(run, started(), ParamsLogged(1, params), TagsSet(1, {**tags, "tracelet.run.id": "x"}), rows=rows)
+    answer = exporter.begin(one).attempt()
+    assert isinstance(answer, Rejected)
+    told = [(item.what, item.facts.get("key"), item.facts.get("step")) for item in answer.items]
+    assert told == [
+        ("tag", "tracelet.run.id", None),
+        ("param", "bad param", None),
+        ("tag", "bad tag", None),
+        ("point", "bad", 0),
+        ("point", "bad", 700),
+    ]
+    assert "not this one" in answer.items[-1].reason
+    data = get_run(mlflow_server, mlflow_id(exporter)).data
+    assert len(data.params) == 99
+    assert {key for key in data.tags if key.startswith("t") and "." not in key} == tags.keys() - {"bad tag"}
+    stored = rows_of(mlflow_server, mlflow_id(exporter))
+    assert sorted(r.step for r in stored) == [n for n in range(999) if n not in (0, 700)]
+
+
+def test_a_split_batch_goes_on_where_it_was_cut_off(mlflow_server: MlflowServer, run: RunInfo, proxy: Proxy) -> None:
+    exporter = opened_exporter(proxy.uri, run)
+    refuse, sent = refusing(b"bad"), []
+
+    def rule(seen: Seen) -> Spoil:
+        spoil = refuse(seen)
+        if b'"metrics"' in seen.body and spoil.answer is None:
+            sent.append(seen)
+            if len(sent) == 2:
+                return Spoil(hang_up=True)
+        return spoil
+
+    proxy.rule = rule
+    rows = [("bad" if n == 5 else "m", float(n), n, n) for n in range(64)]
+    delivery = exporter.begin(batch(run, started(), rows=rows))
+    answer = persist(delivery)
+    assert isinstance(answer, Rejected)
+    assert [item.facts["step"] for item in answer.items] == [5]
+    assert sorted(r.step for r in rows_of(mlflow_server, mlflow_id(exporter))) == [n for n in range(64) if n != 5]
 
 
 def test_equal_points_of_two_ranks_are_both_kept(mlflow_server: MlflowServer, run: RunInfo) -> None:

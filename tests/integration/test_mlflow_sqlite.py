@@ -198,6 +198,15 @@ def _impatient(store: Any) -> Any:
     return session
 
 
+def test_a_row_is_found_in_the_history_exactly(run: RunInfo, opened_here: MLflowExporter) -> None:
+    values = [0.0, float("nan"), float("inf"), 2.5]
+    deliver(opened_here, batch(run, started(), rows=[("m", value, 1, 1) for value in values]))
+    transport, run_id, ms = opened_here._transport, str(opened_here.memory()["run_id"]), START_NS // 1_000_000 + 1
+    assert [transport.has_metric_row(run_id, ("m", value, ms, 1)) for value in values] == [True] * 4
+    others = [("m", 3.0, ms, 1), ("m", 2.5, ms + 1, 1), ("m", 2.5, ms, 2), ("n", 2.5, ms, 1)]
+    assert [transport.has_metric_row(run_id, row) for row in others] == [False] * 4
+
+
 def test_addresses_that_can_not_work_are_named_with_what_does() -> None:
     for uri in ("file:///tmp/mlruns", "/tmp/mlruns", "databricks", "ftp://host"):
         with pytest.raises(ConfigError, match="sqlite://"):

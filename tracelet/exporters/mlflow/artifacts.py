@@ -207,7 +207,11 @@ def _into_folder(root: Path, path: str, original: _Original | _Text) -> None:
     except (FileExistsError, IsADirectoryError, NotADirectoryError) as error:
         raise Refused("ALREADY_EXISTS", f"a file stands where a folder is needed, or the reverse: {error}") from error
     except OSError as error:
-        raise NotNow(f"can't write the artifact {target}: {error}", loud=True) from error
+        raise NotNow(
+            f"can't write the artifact {target}: {error}. MLflow says that this run's files belong there; if that"
+            " is a folder of another machine, start the MLflow server with --serve-artifacts",
+            loud=True,
+        ) from error
 
 
 def _umask() -> int:

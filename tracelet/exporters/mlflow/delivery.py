@@ -120,6 +120,9 @@ class MLflowDelivery:
                 del self._to_do[0]
         except NotNow as error:
             return RetryLater(error.reason, error.after_s, error.loud)
+        except Refused as no:
+            # Each step settles what it may refuse; this is an answer to a question (does the run exist?).
+            return RetryLater(f"MLflow refuses what it never should: {no}", loud=True)
         return Rejected(tuple(self._refusals)) if self._refusals else Delivered()
 
     def _make_note(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -124,7 +125,7 @@ class MLflowExporter:
     def _link(self, view: RunView) -> str:
         if self._connection is not None:
             return f"{self._public_uri.rstrip('/')}/#/experiments/{view.experiment_id}/runs/{view.run_id}"
-        return f"mlflow ui --backend-store-uri {self._public_uri}"
+        return f"mlflow ui --backend-store-uri {shlex.quote(self._public_uri)}"
 
 
 def _with_credentials(spec: Mapping[str, Any], secrets: Mapping[str, Any], environ: Mapping[str, str]) -> str:
