@@ -1,6 +1,6 @@
 """Every name tracelet puts on the wire: scopes, metrics, events, attributes, and the one schema URL.
 
-docs/reference/wire-contract.md lists them with their meaning. A name here is a promise: a backend, a dashboard or
+docs/reference/wire.md lists them with their meaning. A name here is a promise: a backend, a dashboard or
 the gateway may look for it, so it changes only with `WIRE_VERSION`.
 """
 
