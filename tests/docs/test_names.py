@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import tracelet
+from tests.docs.page import blocks_of
 from tracelet import errors
 from tracelet.cli.main import EXIT_CODES, parser
 from tracelet.core.experiment import Experiment, ExperimentConfig
@@ -84,8 +85,9 @@ def test_every_command_and_every_option_stands_in_the_reference() -> None:
 
 def test_no_page_names_a_command_that_does_not_exist() -> None:
     for path, text in PAGES.items():
-        for name in re.findall(r"(?:`|^)tracelet ([a-z]+)", text, re.MULTILINE):
-            assert name in commands(), f"{path}: tracelet {name}"
+        shell = "\n".join(block.code for block in blocks_of(text) if block.language in {"bash", "console"})
+        named = re.findall(r"^(?:\$ )?tracelet ([a-z]+)", shell, re.MULTILINE) + re.findall(r"`tracelet ([a-z]+)", text)
+        assert set(named) <= set(commands()), path
 
 
 def test_every_error_stands_in_the_reference() -> None:
