@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -123,7 +124,8 @@ class Journal:
             while written < len(data):
                 written += os.pwrite(self._fd, memoryview(data)[written:], self._size + written)
         except BaseException:
-            os.ftruncate(self._fd, self._size)  # a torn line must not hide the next one
+            with contextlib.suppress(OSError):  # the next line is written over it, and a torn end is cut at opening
+                os.ftruncate(self._fd, self._size)
             raise
         self._size += len(data)
 

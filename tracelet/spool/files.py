@@ -100,8 +100,9 @@ class FileSet:
     def _new_segment(self, number: int) -> Segment:
         path = self._folder / segment_name(self.writer, number)
         header = Header(self.writer, number, self._capacity, new_base())
+        size = HEADER_SIZE + SLOT_SIZE * self._capacity
         if not self._mapped:
-            self._admit(HEADER_SIZE)
+            self._admit(size)  # it grows to that
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
             try:
                 appended = AppendedSegment(fd, header)
@@ -112,7 +113,6 @@ class FileSet:
             if old >= 0:
                 os.close(old)
             return appended
-        size = HEADER_SIZE + SLOT_SIZE * self._capacity
         fd = self._take_spare(path, size)
         if fd < 0:
             self._admit(size)

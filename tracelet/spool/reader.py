@@ -112,7 +112,9 @@ class SpoolReader:
         self._strong_order = strong_order
         self._files: OrderedDict[tuple[str, str, int], _File] = OrderedDict()
         self._ended: dict[str, bool] = {}
+        # For weak order only: slots whose markers were set at the last poll of each writer, and at the one before.
         self._seen: dict[str, set[tuple[int, int]]] = {}
+        self._before: set[tuple[int, int]] = set()
         self.damaged_frames = 0
 
     # ---- what is there ----------------------------------------------------------------------------------------
@@ -205,6 +207,7 @@ class SpoolReader:
         ranges: list[SlotRange] = []
         still_open: list[tuple[int, int]] = []
         room = limit
+        self._before, self._seen[writer] = self._seen.get(writer, set()), set()
         for segment, slot in position.open:
             closed = room > 0 and self._closed(writer, segment, slot, dead)
             if closed:
@@ -256,17 +259,14 @@ class SpoolReader:
             return True
         markers = file.markers(slot, slot + 1).tolist()
         closed = bool(markers) and _is_closed(markers[0], file.header.base)
-        return closed and (dead or self._settled(writer, {(segment, slot)}, {(segment, slot)}) != set())
+        return closed and (dead or self._settled(writer, segment, [slot]) == [slot])
 
-    def _settled(self, writer: str, slots: set[tuple[int, int]], looked: set[tuple[int, int]]) -> set[tuple[int, int]]:
-        """Of `slots`, whose markers are set now, those that may be read: all, or those seen at the poll before."""
+    def _settled(self, writer: str, segment: int, closed: list[int]) -> list[int]:
+        """Of slots whose markers are set now, those that may be read: all, or those set at the poll before, too."""
         if self._strong_order:
-            return slots
-        before = self._seen.setdefault(writer, set())
-        settled = slots & before
-        before -= looked
-        before |= slots - settled
-        return settled
+            return closed
+        self._seen[writer].update((segment, slot) for slot in closed)
+        return [slot for slot in closed if (segment, slot) in self._before]
 
     def _window(  # noqa: PLR0917
         self, writer: str, number: int, file: _File, first: int, window: int, room: int, dead: bool, rolled: bool
@@ -287,10 +287,13 @@ class SpoolReader:
             return [(first, first + count)], first + count, []
         kinds = (header.base | POINT, header.base | FRAME, header.base | VOID)
         closed = [first + i for i, marker in enumerate(view.tolist()) if marker in kinds]
-        if not self._strong_order and not dead:
-            looked = {(number, slot) for slot in range(first, first + len(view))}
-            settled = self._settled(writer, {(number, slot) for slot in closed}, looked)
-            closed = [slot for slot in closed if (number, slot) in settled]
+        if closed and len(closed) <= closed[-1] - first:
+            # A slot may have been filled after the look at it and before the look at its successor. A second look
+            # finds it closed, and what one thread wrote stays in order; what is open then is in flight.
+            view = file.markers(first, closed[-1] + 1)
+            closed = [first + i for i, marker in enumerate(view.tolist()) if marker in kinds]
+        if not dead:
+            closed = self._settled(writer, number, closed)
         end = window if rolled and len(closed) <= room else (closed[:room] or [first - 1])[-1] + 1
         stretches: list[tuple[int, int]] = []
         missing: list[tuple[int, int]] = []
