@@ -25,7 +25,11 @@ from tracelet.errors import ConfigError
 from tracelet.spool import disk
 from tracelet.version import __version__
 
-__all__ = ["add", "examine", "run"]
+__all__ = ["EXAMPLES", "add", "examine", "run"]
+
+EXAMPLES = """\
+  tracelet doctor
+  tracelet doctor --json | jq -r '.problems[].what'"""
 
 LITTLE_ROOM = 100_000_000  # bytes: a few million points and their frames
 PACKAGES = (

@@ -28,6 +28,15 @@ Command = Callable[[argparse.Namespace], int]
 COMMANDS = (runs, show, ship, prune, doctor)
 
 
+class _Help(argparse.HelpFormatter):
+    """Fills descriptions as usual, and leaves the examples' lines as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if "\n" in text:
+            return "\n".join(f"{indent}{line}" for line in text.splitlines())
+        return super()._fill_text(text, width, indent)
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands; the documentation is made from it."""
     top = argparse.ArgumentParser(
@@ -41,6 +50,8 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for module in COMMANDS:
         command = module.add(commands)
+        command.formatter_class = _Help
+        command.epilog = f"examples:\n{module.EXAMPLES}"
         command.set_defaults(run=module.run)
     return top
 

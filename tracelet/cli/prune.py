@@ -18,7 +18,12 @@ from tracelet.spool import store
 from tracelet.spool.lease import ShipperLock
 from tracelet.spool.reader import DELIVERED
 
-__all__ = ["add", "run"]
+__all__ = ["EXAMPLES", "add", "run"]
+
+EXAMPLES = """\
+  tracelet prune --dry-run
+  tracelet prune --keep 1d,500MB
+  tracelet prune --undelivered 1f0c64ab"""
 
 
 @dataclass(frozen=True, slots=True)

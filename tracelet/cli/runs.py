@@ -11,7 +11,11 @@ from tracelet.cli.facts import RUNNING, Destination, Facts, look, newest
 from tracelet.cli.find import add_dir, all_runs, root, short_ids
 from tracelet.cli.text import count, instant, plain, table
 
-__all__ = ["add", "as_json", "run"]
+__all__ = ["EXAMPLES", "add", "as_json", "run"]
+
+EXAMPLES = """\
+  tracelet runs
+  tracelet runs --json | jq -r '.[] | select(.undelivered) | .folder'"""
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:

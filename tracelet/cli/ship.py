@@ -23,7 +23,12 @@ from tracelet.shipper.process import ship
 from tracelet.spool import lease, store
 from tracelet.spool.cursor import Progress
 
-__all__ = ["add", "run"]
+__all__ = ["EXAMPLES", "add", "run"]
+
+EXAMPLES = """\
+  tracelet ship
+  tracelet ship 1f0c64ab --to otlp
+  MLFLOW_TRACKING_URI=http://mlflow:5000 tracelet ship /mnt/spool --to mlflow --timeout 1h"""
 
 LOOK_S = 0.1
 GIVE_UP_S = 30.0
@@ -254,7 +259,7 @@ class Job:
         refused_before = {d.id: d.refused for d in before.destinations}
         for d in facts.destinations:
             if d.memory.get("link"):
-                print(f"  see it in {d.kind}: {d.memory['link']}")
+                print(f"  in {d.kind}: {d.memory['link']}")
             if d.refused > refused_before.get(d.id, 0):
                 more = d.refused - refused_before.get(d.id, 0)
                 print(f"  {d.kind} refused {count(more, 'item')} for good: see {facts.folder}/rejected-{d.id}.jsonl")

@@ -20,7 +20,11 @@ from tracelet.records import ArtifactLogged, MetricNamed, ParamsLogged, PointBat
 from tracelet.spool import store
 from tracelet.spool.reader import START, SpoolReader
 
-__all__ = ["add", "run"]
+__all__ = ["EXAMPLES", "add", "run"]
+
+EXAMPLES = """\
+  tracelet show 1f0c64ab
+  tracelet show nightly --json | jq '.[0].metrics.loss.last'"""
 
 _AT_ONCE = 1 << 16
 _REFUSED_SHOWN = 5
@@ -218,7 +222,7 @@ def _destinations(facts: Facts) -> Iterator[str]:
     lines = ["Destinations", table(rows, indent="  ", right="llr")]
     for d in facts.destinations:
         if d.memory.get("link"):
-            lines.append(f"  see it in {d.kind}: {d.memory['link']}")
+            lines.append(f"  in {d.kind}: {d.memory['link']}")
     yield "\n".join(lines)
 
 

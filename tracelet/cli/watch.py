@@ -58,12 +58,15 @@ class Pace:
         self._arrived: dict[str, int] = {d.id: 0 for d in self._destinations}
         self._state = ""
         self._clock = clock
-        self._began = self._moved = clock()
+        self._moved = clock()
+        self._began: float | None = None  # when the first batch was on its way; what comes before is no rate
 
     def take(self, progress: Mapping[str, DestinationProgress]) -> None:
         """Take in what the journals say now."""
         state = repr([(i, p.delivered, p.refused, p.positions, p.done) for i, p in progress.items()])
         if state != self._state:
+            if self._state and self._began is None:
+                self._began = self._moved
             self._state, self._moved = state, self._clock()
         for d in self._destinations:
             now = progress.get(d.id)
@@ -79,12 +82,13 @@ class Pace:
         return self._clock() - self._moved
 
     def words(self) -> str:
-        """Each destination's share, and its rate since the start."""
-        passed = max(self._clock() - self._began, 0.1)
+        """Each destination's share, and its rate."""
+        passed = self._clock() - self._began if self._began is not None else 0.0
         parts = []
         for d in self._destinations:
             arrived = self._arrived[d.id]
-            parts.append(f"{d.kind} {arrived:,} of {max(d.waiting, arrived):,} points ({arrived / passed:,.0f}/s)")
+            rate = f" ({arrived / passed:,.0f}/s)" if arrived and passed > 0.5 else ""
+            parts.append(f"{d.kind} {arrived:,} of {max(d.waiting, arrived):,} points{rate}")
         return ", ".join(parts)
 
 

@@ -1,0 +1,150 @@
+"""prune deletes what is delivered and old, and nothing else unless a person says so."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.unit.cli.made import FILE, deliver, make_run
+from tracelet.cli.main import main
+from tracelet.spool.lease import ShipperLock
+
+TRACELET = (sys.executable, "-m", "tracelet")
+
+
+@pytest.fixture
+def spool(clean_environment: Path) -> Path:
+    return clean_environment
+
+
+def aged(folder: Path, days: float) -> Path:
+    """Make everything in a run's folder so old."""
+    then = time.time() - days * 86400
+    for path in folder.rglob("*"):
+        os.utime(path, (then, then))
+    return folder
+
+
+def move_all(folder: Path) -> None:
+    (folder / "delivered").mkdir()
+    for path in folder.glob("*.points"):
+        path.rename(folder / "delivered" / path.name)
+
+
+def test_a_delivered_run_older_than_keep_goes_altogether(spool: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old, new = make_run(spool, "old"), make_run(spool, "new")
+    deliver(old)
+    deliver(new)
+    aged(old, 8)
+    assert main(["prune"]) == 0
+    assert not old.parent.exists()
+    assert new.exists()
+    assert "old" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("keep", ["0d", "0s,0B"])
+def test_nothing_undelivered_goes_however_old(spool: Path, keep: str) -> None:
+    waits, nowhere = make_run(spool, "waits"), make_run(spool, "nowhere", destinations=())
+    no_end = make_run(spool, "no-end")
+    deliver(no_end, done=False)
+    for folder in (waits, nowhere, no_end):
+        aged(folder, 1000)
+    before = sorted(spool.rglob("*"))
+    assert main(["prune", "--keep", keep]) == 0
+    assert sorted(spool.rglob("*")) == before
+
+
+def test_refused_items_that_stand_only_here_keep_their_run(spool: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_run(spool)
+    deliver(folder, refused=1)
+    (folder / f"rejected-{FILE['id']}.jsonl").write_text('{"what": "point"}\n')
+    assert main(["prune", "--keep", "0d"]) == 0
+    assert folder.exists()
+    assert "refused items stand only here" in capsys.readouterr().out
+
+
+def test_delivered_files_beyond_the_size_go_oldest_first(spool: Path) -> None:
+    folder = make_run(spool, points=1000, slots=100)
+    deliver(folder, done=False)  # the end waits: the run itself stays
+    move_all(folder)
+    files = sorted((folder / "delivered").iterdir())
+    for age, path in enumerate(reversed(files)):
+        os.utime(path, (time.time() - age, time.time() - age))
+    size = sum(path.stat().st_size for path in files[-3:])
+    assert main(["prune", "--keep", f"7d,{size}B"]) == 0
+    assert sorted((folder / "delivered").iterdir()) == files[-3:]
+
+
+def test_a_dry_run_says_the_same_and_deletes_nothing(spool: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = aged(make_run(spool), 10)
+    deliver(folder)
+    aged(folder, 10)
+    assert main(["prune", "--dry-run"]) == 0
+    would = capsys.readouterr().out
+    assert folder.exists()
+    assert main(["prune"]) == 0
+    assert capsys.readouterr().out == would.replace("Would delete", "Deleted")
+    assert not folder.exists()
+
+
+def test_only_the_named_runs_are_looked_at(spool: Path) -> None:
+    one, two = make_run(spool, "one"), make_run(spool, "two")
+    deliver(one)
+    deliver(two)
+    assert main(["prune", "one", "--keep", "0d"]) == 0
+    assert not one.exists()
+    assert two.exists()
+
+
+def test_undelivered_without_a_terminal_needs_yes(
+    spool: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_run(spool, points=1234)
+    with open(os.devnull) as nobody:
+        monkeypatch.setattr("sys.stdin", nobody)
+        assert main(["prune", "--undelivered", "aaaa"]) == 2
+    assert folder.exists()
+    told = capsys.readouterr()
+    assert "1,234 points and 1 record not delivered to file" in told.out
+    assert "--yes" in told.err
+    assert main(["prune", "--undelivered", "aaaa", "--yes"]) == 0
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(("answer", "goes"), [("yes", True), ("y", False), ("", False), ("no", False)])
+def test_at_a_terminal_only_yes_deletes(spool: Path, answer: str, goes: bool) -> None:
+    folder = make_run(spool)
+    at, terminal = os.openpty()
+    try:
+        asking = subprocess.Popen([*TRACELET, "prune", "--undelivered", "aaaa"], stdin=terminal, stdout=subprocess.PIPE)
+        os.write(at, answer.encode() + b"\n")
+        asking.communicate(timeout=30)
+    finally:
+        os.close(at)
+        os.close(terminal)
+    assert folder.exists() is not goes
+    assert asking.returncode == (0 if goes else 1)
+
+
+def test_a_run_that_is_being_shipped_is_not_deleted(spool: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_run(spool)
+    lock = ShipperLock(folder)
+    assert lock.acquire()
+    argv = [*TRACELET, "prune", "--undelivered", "aaaa", "--yes"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)  # locks are a process's: not from here
+    lock.release()
+    assert done.returncode == 1
+    assert "is being shipped" in done.stderr
+    assert folder.exists()
+
+
+@pytest.mark.parametrize("argv", [["--keep", "soon"], ["--undelivered", "aaaa", "aaaa"]])
+def test_what_can_not_be_meant_deletes_nothing(spool: Path, argv: list[str]) -> None:
+    folder = make_run(spool)
+    assert main(["prune", *argv, "--yes"]) != 0
+    assert folder.exists()
