@@ -16,6 +16,8 @@ from tracelet.records import Batch, Heartbeat, RunInfo
 
 __all__ = ["OTLPExporter"]
 
+_CONTROL_BYTES = 64_000  # of the requests that passed, one that is cheap to repeat is kept
+
 
 class OTLPExporter:
     """Sends what a run logs, straight from its records, over http/protobuf or gRPC.
@@ -42,7 +44,7 @@ class OTLPExporter:
         self._senders: dict[str, Sender] = {}
         self._files: dict[str, tuple[object, ...]] = {}
         self._ledger = Ledger()
-        self._passes = 0
+        self._passed: dict[str, bytes] = {}  # by signal, a request that was accepted
         left_out = [signal for signal in SIGNALS if signal not in self._signals]
         if left_out:
             logger.info("OTLP: %s not sent, since no endpoint is set for them", " and ".join(left_out))
@@ -60,7 +62,7 @@ class OTLPExporter:
         """Prepare a batch; with `note`, make the very bytes that were made before."""
         planned = plan(batch, self._ledger, note)
         loads = [load for load in planned.loads if load.signal in self._signals]
-        return OtlpDelivery(loads, planned.note, self._send, lambda: self._passes, lambda: self._through(planned))
+        return OtlpDelivery(loads, planned.note, self._send, self._control, lambda: self._through(planned))
 
     def beat(self, batch: Batch, heartbeat: Heartbeat) -> None:
         """Send the run's state, once."""
@@ -91,13 +93,19 @@ class OTLPExporter:
             self._files[signal] = _fingerprint(self._options[signal])
         reply = sender.send(body)
         if reply.kind == "accepted":
-            self._passes += 1
+            if signal not in self._passed or len(body) <= _CONTROL_BYTES:
+                self._passed[signal] = body
         elif reply.credentials or (
             reply.kind == "later" and self._files[signal] != _fingerprint(self._options[signal])
         ):
             # Certificates and credential providers are read when a sender is made: the next try has new ones.
             self._drop(signal)
         return reply
+
+    def _control(self, signal: str) -> bool:
+        """Whether the receiver answers a request that it took before; called a duplicate is an answer too."""
+        known = self._passed.get(signal)
+        return known is not None and self._send(signal, known).kind in ("accepted", "refused")
 
     def _drop(self, signal: str) -> None:
         self._senders.pop(signal).close()

@@ -19,33 +19,33 @@ from tracelet.otlp.encode import Load
 
 __all__ = ["OtlpDelivery"]
 
-_FAULTS_BEFORE_DOUBT = 5  # so many 500s for one request while others pass, and the request is looked into
-_PASSES_BETWEEN = 3  # a lone item is given up when others passed between so many of its 500s in a row
+_FAULTS_BEFORE_DOUBT = 5  # so many 500s for one request, and it is looked into
 
 
 @dataclass(slots=True)
 class _Job:
     load: Load
-    faults: int = 0
-    passes_seen: int = 0  # of the exporter, at the last fault
-    passed_between: int = 0
+    faults: int = 0  # 500s in a row
 
 
 class OtlpDelivery:
-    """Sends the loads of a batch in order, through `send`; `passes()` counts the requests that went through."""
+    """Sends the loads of a batch in order, through `send`.
+
+    `control(signal)` repeats a request that passed before, and tells whether it is answered now.
+    """
 
     def __init__(
         self,
         loads: Sequence[Load],
         note: Mapping[str, Any],
         send: Callable[[str, bytes], Reply],
-        passes: Callable[[], int],
+        control: Callable[[str], bool],
         done: Callable[[], None],
     ) -> None:
         self._jobs = deque(_Job(load) for load in loads)
         self._note = note
         self._send = send
-        self._passes = passes
+        self._control = control
         self._done = done
         self._refusals: list[Refusal] = []
 
@@ -59,7 +59,6 @@ class OtlpDelivery:
         aside: list[_Job] = []
         later: RetryLater | None = None
         blocked: set[str] = set()
-        passes_before = self._passes()
         while self._jobs:
             job = self._jobs[0]
             if job.load.signal in blocked:
@@ -77,7 +76,7 @@ class OtlpDelivery:
                 blocked.add(job.load.signal)  # the other signals have addresses of their own
             elif reply.kind == "fault":
                 self._jobs.popleft()
-                if not self._doubt(job, reply, passes_before):
+                if not self._doubt(job, reply):
                     aside.append(job)
                     later = self._worst(later, reply)
             else:
@@ -116,34 +115,30 @@ class OtlpDelivery:
         job = self._jobs.popleft()
         self._jobs.extendleft(_Job(half) for half in reversed(job.load.halves()))
 
-    def _doubt(self, job: _Job, reply: Reply, passes_before: int) -> bool:
+    def _doubt(self, job: _Job, reply: Reply) -> bool:
         """After a 500: whether the request itself was looked into, so that it need not wait as it is.
 
         A 500 may be the server's trouble or this request's (Prometheus answers so to a name without a Latin letter).
-        It is held to be the request's only where others pass at the same time.
+        It is held to be the request's only where others are answered at the same moment.
         """
-        passes = self._passes()
-        job.passed_between = job.passed_between + 1 if job.faults and passes > job.passes_seen else 0
         job.faults += 1
-        job.passes_seen = passes
         if job.faults < _FAULTS_BEFORE_DOUBT:
             return False
         if len(job.load) == 1:
-            if passes == passes_before and job.passed_between < _PASSES_BETWEEN:
+            if not self._control(job.load.signal):
                 return False
             self._refusals.extend(_refused(job.load, reply.reason))
             return True
-        halves = job.load.halves()
-        replies = [self._send(half.signal, half.encode()) for half in halves]
-        if self._passes() == passes_before:
-            job.faults = 0  # nothing passes: the server's trouble, and the request stays whole
+        sure = self._control(job.load.signal)
+        halves = [(half, self._send(half.signal, half.encode())) for half in job.load.halves()]
+        if not sure and not any(answer.kind == "accepted" for _, answer in halves):
+            job.faults = 0  # the server's trouble, and the request stays whole
             return False
-        for half, answer in zip(reversed(halves), reversed(replies), strict=True):
-            if answer.kind == "accepted":
-                if answer.rejected:
-                    self._refusals.extend(self._located(half, answer.rejected, answer.reason))
-                continue
-            self._jobs.appendleft(_Job(half, _FAULTS_BEFORE_DOUBT - 1, self._passes(), job.passed_between))
+        for half, answer in reversed(halves):
+            if answer.kind != "accepted":
+                self._jobs.appendleft(_Job(half, _FAULTS_BEFORE_DOUBT - 1))
+            elif answer.rejected > 0:
+                self._refusals.extend(self._located(half, answer.rejected, answer.reason))
         return True
 
     def _located(self, load: Load, count: int, reason: str) -> list[Refusal]:

@@ -119,6 +119,8 @@ class GrpcSender:
         code: grpc.StatusCode = error.code()
         details = error.details() or ""
         said = scrubbed(f"gRPC {code.name}: {details}", self._secrets)
+        if code is grpc.StatusCode.INTERNAL and details == "Invalid metadata":  # gRPC's own word, nothing was sent
+            return Reply("later", "a header's name or value isn't legal in gRPC (a line break in a token?)", loud=True)
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
             return Reply("too_large", said)
         if code in _LATER:

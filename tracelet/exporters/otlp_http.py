@@ -7,6 +7,7 @@ SDK is touched, and none of its retries, drops and log lines come into play: it 
 
 from __future__ import annotations
 
+import datetime
 import gzip
 import re
 import time
@@ -48,7 +49,7 @@ class _Relay(requests.Session):
         super().__init__()
         self._behind = behind
         self.body = b""
-        self.answer: requests.Response | requests.RequestException | None = None
+        self.answer: requests.Response | Exception | None = None
 
     def request(self, method: str | bytes, url: str | bytes, *_: Any, **given: Any) -> requests.Response:
         """Called by OTel's exporter with its resolved url, headers and timeout."""
@@ -65,9 +66,13 @@ class _Relay(requests.Session):
             "timeout": given.get("timeout"),
             "allow_redirects": False,
         }
+        if isinstance(self.verify, str):
+            # Said here, since requests puts REQUESTS_CA_BUNDLE before a session's own.
+            post["verify"] = self.verify
         try:
             self.answer = self._post(str(url), post)
-        except requests.RequestException as error:
+        except Exception as error:  # noqa: BLE001 - a missing certificate file is an OSError, a bad header a ValueError,
+            # a provider's session may raise anything: all of them are reasons to be told, none to lose data over
             self.answer = error
         told = requests.Response()
         told.status_code = 200
@@ -121,7 +126,7 @@ class HttpSender:
                 " install a version that tracelet-otel was tested with",
                 loud=True,
             )
-        if isinstance(answer, requests.RequestException):
+        if isinstance(answer, Exception):
             return self._unreachable(answer)
         return self._read(answer)
 
@@ -129,12 +134,20 @@ class HttpSender:
         """Let the connections go."""
         self._relay.close()
 
-    def _unreachable(self, error: requests.RequestException) -> Reply:
-        address = "" if error.request is None or not error.request.url else f" at {error.request.url}"
+    def _unreachable(self, error: Exception) -> Reply:
+        request = getattr(error, "request", None)
+        address = "" if request is None or not request.url else f" at {request.url}"
+        if isinstance(error, requests.exceptions.InvalidHeader):
+            # The error's own text would show the value.
+            return Reply("later", "a header's name or value isn't legal in HTTP (a line break in a token?)", loud=True)
         if isinstance(error, requests.exceptions.Timeout):
             return Reply("later", self._clean(f"no answer in time from the OTLP receiver{address}"))
-        wrong = isinstance(error, (requests.exceptions.SSLError, requests.exceptions.InvalidURL, ValueError))
-        return Reply("later", self._clean(f"the OTLP receiver{address} can't be reached: {_cause(error)}"), loud=wrong)
+        passing = isinstance(error, requests.RequestException) and not isinstance(
+            error, (requests.exceptions.SSLError, ValueError)
+        )
+        return Reply(
+            "later", self._clean(f"the OTLP receiver{address} can't be reached: {_cause(error)}"), loud=not passing
+        )
 
     def _read(self, answer: requests.Response) -> Reply:
         status = answer.status_code
@@ -222,9 +235,12 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     if value.isdecimal():
         return float(value)
     try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+        moment = parsedate_to_datetime(value)
     except ValueError:
         return None
+    if moment.tzinfo is None:  # "-0000": UTC, nothing said about where
+        moment = moment.replace(tzinfo=datetime.UTC)
+    return max(0.0, moment.timestamp() - time.time())
 
 
 def _place(answer: requests.Response) -> str:
@@ -232,7 +248,7 @@ def _place(answer: requests.Response) -> str:
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
-def _cause(error: requests.RequestException) -> str:
+def _cause(error: Exception) -> str:
     """The last cause of a chain of errors, which alone says something: "[Errno 111] Connection refused"."""
     inner = error.args[0] if error.args else error
     text = str(getattr(inner, "reason", None) or inner)

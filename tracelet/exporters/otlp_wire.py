@@ -18,6 +18,7 @@ PREFIX = "OTEL_EXPORTER_OTLP_"
 _FILE_VARIABLES = ("CERTIFICATE", "CLIENT_KEY", "CLIENT_CERTIFICATE")
 _USERINFO = re.compile(r"//[^/@\s]+@")
 _REASON_CHARACTERS = 500
+_SECRET_CHARACTERS = 4  # shorter ones would blot out ordinary words
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,9 @@ class Options:
 
         with redacted_headers():
             named = parse_env_headers(self.variable("HEADERS") or "", liberal=True)
-        return tuple(self.headers.values()) + tuple(named.values())
+        values = tuple(self.headers.values()) + tuple(named.values())
+        # "Bearer abc" is echoed as "abc" by some servers.
+        return values + tuple(word for value in values for word in value.split() if len(word) >= _SECRET_CHARACTERS)
 
 
 class Sender(Protocol):
@@ -183,6 +186,6 @@ def scrubbed(text: str, secrets: Iterable[str]) -> str:
     """`text` on one line and not too long, without secrets and without the user:password of an address."""
     text = _USERINFO.sub("//***@", " ".join(text.split()))
     for secret in sorted(secrets, key=len, reverse=True):
-        if len(secret) > 3:  # shorter ones would blot out ordinary words
+        if len(secret) >= _SECRET_CHARACTERS:
             text = text.replace(secret, "***")
     return text if len(text) <= _REASON_CHARACTERS else text[:_REASON_CHARACTERS] + " …"

@@ -58,8 +58,8 @@ def final_spans(run: RunInfo, opened: WriterOpened, ended: AttemptEnded, tracepa
     ]
     values: dict[str, Scalar] = {semconv.STATE: ended.status}
     if opened.rank == 0:
-        values |= {semconv.TAG_PREFIX + key: value for key, value in ended.tags.items()}
-        values |= _params(ended.params)
+        values |= _params({semconv.TAG_PREFIX + key: value for key, value in ended.tags.items()})
+        values |= _params({semconv.PARAM_PREFIX + key: value for key, value in ended.params.items()})
     spans.append(
         _span(
             run,
@@ -78,14 +78,13 @@ def final_spans(run: RunInfo, opened: WriterOpened, ended: AttemptEnded, tracepa
 
 
 def _params(params: Mapping[str, Scalar]) -> dict[str, Scalar]:
-    """Params as attributes: whole up to 256 kB in all, then their beginnings and digests, then counted.
+    """Params (or tags) as attributes: whole up to 256 kB in all, then their beginnings and digests, then counted.
 
     The log events have each of them whole, whatever happens here.
     """
     values: dict[str, Scalar] = {}
     size = omitted = 0
-    for key, value in params.items():
-        name = semconv.PARAM_PREFIX + key
+    for name, value in params.items():
         limit = semconv.VALUE_MAX_BYTES if size < semconv.SPAN_PARAMS_MAX_BYTES else semconv.VALUE_KEPT_CHARACTERS
         entry = shortened(name, value) if isinstance(value, str) and is_long(value, limit) else {name: value}
         cost = sum(len(wire_text(k)) + len(wire_text(str(v)).encode()) for k, v in entry.items())

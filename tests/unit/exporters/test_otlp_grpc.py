@@ -209,3 +209,10 @@ def test_without_the_sdks_private_channel_data_still_arrives(
     assert len(sink.events()) == 1
     sink.script.append(Say(code=grpc.StatusCode.INVALID_ARGUMENT))
     assert isinstance(first_try(made(sink.endpoint)), RetryLater)
+
+
+def test_a_header_that_is_not_legal_is_said_without_its_value(sink: GrpcSink, made: Any) -> None:
+    answer = first_try(made(sink.endpoint, {"headers": {"x-key": "hunter2\nhunter3"}}))
+    assert isinstance(answer, RetryLater)
+    assert answer.loud
+    assert "hunter" not in answer.reason
