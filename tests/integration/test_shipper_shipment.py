@@ -398,3 +398,20 @@ def test_secrets_are_one_line_on_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None
     assert read(b'{"otlp-1": {"headers": {"x": "y"}}}\n') == {"otlp-1": {"headers": {"x": "y"}}}
     assert read(b"") == {}
     assert read(b"not json\n") == {}
+
+
+def test_a_journal_of_an_unknown_version_stops_its_destination_and_no_other(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    off_run(folder, "a", "b")
+    journal = folder / "journal-memory-a"
+    from tracelet.spool.journal import line
+
+    journal.write_bytes(line("journal", {"format": 99, "destination": "memory-a"}))
+    exporter = InMemoryExporter()
+    outcome = process.ship(folder, timeout_s=1.0, build=lambda *_: exporter)
+    assert len(exporter.store.points()) == 100
+    assert list(outcome.delivered) == ["memory-b"]
+    assert list(outcome.reasons) == ["memory-a"]
+    assert "format 99" in caplog.text
+    assert not list(folder.glob("delivered/*.points"))  # it is not delivered as long as one destination wants it

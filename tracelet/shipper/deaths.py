@@ -104,7 +104,7 @@ class Deaths:
         self._dead: set[str] = set()
         self._next_look: dict[str, float] = {}
         self._seen_alive: set[str] = set()
-        self._exit_codes: dict[str, int | None] = {}
+        self._exit_codes: dict[str, int] = {}
 
     def is_dead(self, writer: str) -> bool:
         """The writer's process was gone when last looked at; what it wrote is all there is."""
@@ -116,17 +116,23 @@ class Deaths:
 
     def is_watched(self, writer: str) -> bool:
         """Its process is known to the kernel here, so how it leaves can be learnt."""
-        return writer in self._pidfds
+        return writer in self._pidfds or writer in self._exit_codes
 
     def is_gone(self, writer: str) -> bool:
         """The writer's process itself has ended (a writer that wrote its END is dead before)."""
+        if writer in self._exit_codes:
+            return True
         pidfd, _ = self._pidfds.get(writer, (-1, 0))
         return _has_ended(pidfd) if pidfd >= 0 else writer in self._dead
 
     def exit_code(self, writer: str) -> int | None:
         """The exit code of a dead writer's process, if the kernel tells (it may only once the parent has reaped it)."""
-        if self._exit_codes.get(writer) is None and writer in self._pidfds and self.is_gone(writer):
-            self._exit_codes[writer] = exit_code(*self._pidfds[writer])
+        if writer in self._pidfds and self.is_gone(writer):
+            code = exit_code(*self._pidfds[writer])
+            if code is not None:
+                self._exit_codes[writer] = code
+                # A notebook's forked workers come and go for days: their descriptors go with them.
+                os.close(self._pidfds.pop(writer)[0])
         return self._exit_codes.get(writer)
 
     def look(self, writer: str, pid: int | None = None) -> bool:
@@ -136,12 +142,12 @@ class Deaths:
         """
         if writer in self._dead:
             return True
-        if pid is not None and self._parent is not None and pid == self._parent[1]:
+        if pid is not None and self._parent is not None and pid == self._parent[1] and writer not in self._pidfds:
             # The lock may be free already: a short run is over before its shipper has started.
-            self._pidfds.setdefault(writer, (os.dup(self._parent[0]), pid))
-        pidfd, _ = self._pidfds.get(writer, (-1, 0))
-        if pidfd >= 0 and _has_ended(pidfd):
+            self._pidfds[writer] = (os.dup(self._parent[0]), pid)
+        if self.is_watched(writer) and self.is_gone(writer):
             self._dead.add(writer)
+            self.exit_code(writer)
             return True
         now = self._clock()
         if now < self._next_look.get(writer, now):

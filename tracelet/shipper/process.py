@@ -250,7 +250,7 @@ def _report(folder: Path, outcome: Outcome) -> None:
         logger.warning(
             "%s: about %d records are left (%s). They are safe in the spool; deliver them with: tracelet ship %s",
             identity,
-            outcome.left[identity],
+            outcome.left.get(identity, 0),
             reason,
             folder,
         )

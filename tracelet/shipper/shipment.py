@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tracelet.errors import TraceletError
 from tracelet.exporters import registry
 from tracelet.exporters.base import Exporter, Refusal
 from tracelet.guard import guard
@@ -30,6 +31,16 @@ GIVE_UP_S = 600.0
 """After the run's end, how long nothing may move before the shipper leaves the rest to `tracelet ship`."""
 
 _JOIN_S = 15.0  # longer than any exporter's timeout
+
+
+@contextmanager
+def _survived(doing: str) -> Iterator[None]:
+    """Go on after a fault of ours (counted), and after a file that is not as it should be (said once a minute)."""
+    try:
+        with guard(doing):
+            yield
+    except TraceletError as error:
+        guard.limited(doing, "could not %s: %s", doing, error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,18 +133,19 @@ class Shipment:
     def tick(self, *, hurry: bool = False) -> None:
         """Look around once, start lanes for new destinations, keep the folder in order."""
         # A fault in here must not end the shipper: what it missed comes with the next look.
-        with guard("look after the spool"):
+        with _survived("look after the spool"):
             self.site.look(stuck=any(lane.trouble is not None for lane in self.lanes.values()))
         for identity, destination in self._served().items():
             if identity not in self.lanes:
-                with guard(f"begin to ship to {identity}"):
+                with _survived(f"begin to ship to {identity}"):
                     self._start(identity, destination)
         for lane in self.lanes.values():
             lane.hurry = hurry
         now = self._clock.monotonic()
         if self._upkeep is not None and now - self._upkeep_at >= 1.0:
             self._upkeep_at = now
-            self._upkeep.round(list(self.lanes.values()))
+            with _survived("keep the spool in order"):
+                self._upkeep.round(list(self.lanes.values()), complete=self._all_started())
 
     def _serves(self, identity: str, destination: Mapping[str, Any]) -> bool:
         if self._only is not None:
@@ -214,7 +226,8 @@ class Shipment:
         if self._upkeep is not None and self.lanes and self._only is None:
             attempts = self.site.manifest.attempts
             rule = keep_rule(attempts[-1].extra.get("keep") if attempts else None)
-            self._upkeep.finish(list(self.lanes.values()), rule, self._clock.time_ns() / 1e9)
+            with _survived("clear away what is delivered"):
+                self._upkeep.finish(list(self.lanes.values()), rule, self._clock.time_ns() / 1e9)
 
     def close(self) -> Outcome:
         """Stop the lanes (each finishes the attempt it is making) and say how far they came."""
@@ -236,7 +249,7 @@ class Shipment:
             left = {identity: self._left(reader, lane) for identity, lane in self.lanes.items()}
         finally:
             reader.close()
-        reasons: dict[str, str] = {}
+        reasons = dict.fromkeys(self._served().keys() - self.lanes.keys(), "it could not be begun; the log says why")
         for identity, lane in self.lanes.items():
             ends = [
                 a.key for a in self.site.manifest.attempts if a.key in self.site.decided and not lane.is_done(a.key)

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 from tracelet.exporters.base import Refusal
-from tracelet.guard import guard
 from tracelet.records import ArtifactLogged
 from tracelet.shipper.batches import Assembled
 from tracelet.shipper.roster import frames_of
@@ -47,37 +46,38 @@ class Upkeep:
         self._lock = threading.Lock()
         self._spares = may_map(site.folder)
 
-    def round(self, lanes: Sequence[Destination]) -> None:
-        """Do what is due; a failure (a full disk) is said and tried again at the next round."""
-        with guard("keep the spool in order"):
-            site = self._site
-            positions = [lane.positions for lane in lanes]
-            alive = [writer for writer in site.writers if not site.is_over(writer)]
-            if self._spares and any(_about_to_roll(where.get(writer)) for where in positions for writer in alive):
-                store.make_spares(site.folder)
-            if not alive:
-                self.drop_spares()
-            if any(self._seal(writer) for writer in site.writers) or positions:
-                store.move_delivered(site.folder, positions)
+    def round(self, lanes: Sequence[Destination], *, complete: bool) -> None:
+        """Do what is due; what fails (a full disk) is due again at the next round.
 
-    def _seal(self, writer: str) -> bool:
+        `complete`: the lanes are those of all destinations, so what they have passed is delivered.
+        """
+        site = self._site
+        positions = [lane.positions for lane in lanes]
+        alive = [writer for writer in site.writers if not site.is_over(writer)]
+        if self._spares and any(_about_to_roll(where.get(writer)) for where in positions for writer in alive):
+            store.make_spares(site.folder)
+        if not alive:
+            self.drop_spares()
+        for writer in site.writers:
+            self._seal(writer)
+        if complete:
+            store.move_delivered(site.folder, positions)
+
+    def _seal(self, writer: str) -> None:
         """Seal what nobody writes to any more: all but the last segment, and that one too once the writer is over."""
         if self._sealed.get(writer) == -1:
-            return False
+            return
         over = self._site.deaths.is_dead(writer)
         segments = self._reader.segments(writer)
         done = self._sealed.get(writer, 0)
-        sealed_any = False
         for segment in segments if over else segments[:-1]:
             if segment <= done:
                 continue
             if not store.seal(self._site.folder, writer, segment, dead=over):
-                return sealed_any
-            self._sealed[writer] = done = segment
-            sealed_any = True
+                return
+            self._sealed[writer] = segment
         if over:
             self._sealed[writer] = -1
-        return sealed_any
 
     def drop_spares(self) -> None:
         """Nobody will roll any more."""
@@ -107,23 +107,18 @@ class Upkeep:
 
     def finish(self, lanes: Sequence[Destination], keep: store.KeepRule, now_s: float) -> None:
         """The run is delivered everywhere: what is left goes to delivered/, and from there what `keep` doesn't keep."""
-        with guard("clear away what is delivered"):
-            site = self._site
-            self.drop_spares()
-            refused = self._refused_copies()
-            for writer in site.writers:
-                for record in frames_of(self._reader, writer):
-                    if (
-                        isinstance(record, ArtifactLogged)
-                        and record.stored is not None
-                        and record.stored not in refused
-                    ):
-                        (site.folder / record.stored).unlink(missing_ok=True)
-            for writer in site.writers:
-                self._seal(writer)
-            store.move_delivered(site.folder, [lane.positions for lane in lanes], done=True)
-            root = site.folder.parent.parent
-            store.retain([run.folder for run in store.list_runs(root)], keep, now_s=now_s)
+        site = self._site
+        self.drop_spares()
+        refused = self._refused_copies()
+        for writer in site.writers:
+            for record in frames_of(self._reader, writer):
+                if isinstance(record, ArtifactLogged) and record.stored is not None and record.stored not in refused:
+                    (site.folder / record.stored).unlink(missing_ok=True)
+        for writer in site.writers:
+            self._seal(writer)
+        store.move_delivered(site.folder, [lane.positions for lane in lanes], done=True)
+        root = site.folder.parent.parent
+        store.retain([run.folder for run in store.list_runs(root)], keep, now_s=now_s)
 
     def _refused_copies(self) -> set[str]:
         """Copies named in a dead-letter file, by this shipper or one before it."""
