@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from typing import Any
 import pytest
 
 from tests.sinks import HttpSink, Say
+from tracelet.cli import ship
+from tracelet.cli.main import main
 
 TRACELET = (sys.executable, "-m", "tracelet")
 PATIENCE_S = 60.0
@@ -174,6 +177,31 @@ def test_a_run_on_which_a_shipper_is_at_work_is_watched_instead(otlp_sink: HttpS
         assert "its shipper goes on" in done.stdout
         assert program.poll() is None
     assert len([p for p in otlp_sink.points() if p.name == "loss"]) == 25  # once, not twice
+
+
+def test_a_shipper_that_gets_nowhere_is_named_with_its_log_and_the_way_to_take_over(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ship, "GIVE_UP_S", 1.0)
+    with training("stuck", 25, OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:9"):
+        until(lambda: listed("stuck")["shipper_pid"] is not None)
+        assert main(["ship", "stuck"]) == 1
+        said = capsys.readouterr().out
+        assert "shipper.log" in said
+        assert f"kill {listed('stuck')['shipper_pid']}," in said
+
+
+def test_a_destination_that_takes_nothing_is_given_up_and_the_next_run_does_not_wait_for_it_again(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ship, "GIVE_UP_S", 2.0)
+    monkeypatch.setattr(ship, "GIVE_UP_AGAIN_S", 0.2)
+    for run_id in ("first", "second"):
+        train(run_id, 10, OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:9")
+    assert main(["ship"]) == 1
+    first, second = re.findall(r"points delivered: 0 to otlp in ([0-9.]+) s", capsys.readouterr().out)
+    assert float(first) >= 2.0
+    assert float(second) < 1.5
 
 
 def test_ctrl_c_ends_it_without_losing_what_was_delivered(otlp_sink: HttpSink) -> None:

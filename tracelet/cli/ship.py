@@ -15,7 +15,7 @@ from tracelet import backends, settings
 from tracelet.cli.facts import RUNNING, Destination, Facts, look, newest
 from tracelet.cli.find import UsageError, add_dir, all_runs, chosen, short_ids
 from tracelet.cli.masking import Sieve
-from tracelet.cli.text import count, plain
+from tracelet.cli.text import age, count, plain
 from tracelet.cli.watch import Line, Pace, Watch
 from tracelet.errors import SpoolError, TraceletError
 from tracelet.settings import Settings
@@ -197,15 +197,27 @@ class Job:
                 pace.take(progress.destinations)
                 self._line.show(f"{title}: {pace.words()}")
                 through = all(pace.arrived(d.id) >= d.waiting for d in facts.destinations if not d.in_process)
-                if self._is_late() or (facts.state == RUNNING and through):
+                stuck = pace.still_s() >= GIVE_UP_S
+                if self._is_late() or stuck or (facts.state == RUNNING and through):
                     self._line.clear()
-                    words = "all points so far are delivered" if through else "the time is over"
-                    print(f"{title}: {words}; its shipper goes on")
+                    self._tell_watched(facts, title, through, stuck)
                     return through
                 time.sleep(LOOK_S)
         finally:
             self._line.clear()
         return None
+
+    def _tell_watched(self, facts: Facts, title: str, through: bool, stuck: bool) -> None:
+        if through:
+            print(f"{title}: all points so far are delivered; its shipper goes on")
+        elif stuck:
+            print(
+                f"{title}: nothing has moved for {age(GIVE_UP_S)}; why stands in {facts.folder}/shipper.log\n"
+                "  Its shipper goes on trying. To deliver from here, with your own credentials:"
+                f" kill {facts.shipper_pid}, then `tracelet ship` again. Nothing is lost by that."
+            )
+        else:
+            print(f"{title}: the time is over; its shipper goes on")
 
     def _is_late(self) -> bool:
         return self._until is not None and time.monotonic() >= self._until

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.servers import Spoil, recording_proxy
 from tests.sinks import HttpSink, Say
 from tracelet.cli.main import main
 
@@ -189,3 +190,45 @@ def test_a_job_whose_shipper_dies_with_it_is_a_note_and_no_problem(
     code, report = examined(capsys)
     assert code == 0
     assert any("can't outlive the program" in note for note in report["notes"])
+
+
+def test_an_mlflow_server_that_wants_other_credentials_is_told_apart_from_one_that_is_away(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with recording_proxy("http://127.0.0.1:9") as server:
+        server.rule = lambda seen: Spoil(forward=False, answer=(401, f"not {SECRETS[1]}".encode(), {}))
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+        monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", SECRETS[1])
+        code, report = examined(capsys)
+        assert code == 1
+        assert "wants other credentials (401)" in problems(report)
+        assert "MLFLOW_TRACKING_TOKEN" in problems(report)
+        assert SECRETS[1] not in json.dumps(report)
+        assert server.seen[-1].headers.get("Authorization") == f"Bearer {SECRETS[1]}"  # it was tried with it
+    _, report = examined(capsys)
+    assert "can't reach" in problems(report)
+    assert "mlflow server" in problems(report)
+
+
+def test_a_deleted_mlflow_experiment_is_a_problem_before_a_run_waits_for_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = json.dumps({"experiment": {"experiment_id": "7", "lifecycle_stage": "deleted"}}).encode()
+    with recording_proxy("http://127.0.0.1:9") as server:
+        server.rule = lambda seen: Spoil(forward=False, answer=(200, body, {}))
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+        monkeypatch.setenv("TRACELET_PROJECT", "digits")
+        code, report = examined(capsys)
+    assert code == 1
+    assert "its experiment 'digits' is deleted" in problems(report)
+    assert "mlflow experiments restore -x 7" in problems(report)
+
+
+def test_a_grpc_receiver_that_is_away_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
+    code, report = examined(capsys)
+    assert code == 1
+    assert "gRPC UNAVAILABLE" in problems(report)
