@@ -23,7 +23,8 @@ rate, folder = float(sys.argv[1]), sys.argv[2]
 exp = tracelet.start_logging(
     exp_name="killed", project="benchmarks", backend=tracelet.File(path=f"{folder}/out.jsonl"), dir=f"{folder}/spool"
 )
-shared = mmap.mmap(open(f"{folder}/returned", "r+b").fileno(), 8)
+file = open(f"{folder}/returned", "r+b")
+shared = mmap.mmap(file.fileno(), 8)
 i, start = 0, time.perf_counter()
 while True:
     exp.log_metric(f"metric_{i % 10}", float(i), iteration=i)
@@ -57,6 +58,8 @@ def lost(rate: float, seconds: float, patience_s: float = 30.0) -> tuple[int, in
         os.kill(training.pid, signal.SIGKILL)
         training.wait()
         returned = int.from_bytes((folder / "returned").read_bytes(), "little")
+        if not returned:
+            raise RuntimeError("the training process logged nothing")
         until = time.monotonic() + patience_s
         arrived: set[int] = set()
         while len(arrived) < returned and time.monotonic() < until:
