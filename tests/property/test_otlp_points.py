@@ -87,14 +87,13 @@ def by_the_sdk(points: PointBatch) -> bytes:
 
 def distinct(points: PointBatch) -> PointBatch:
     """Names made distinct: what two ids of one name do has a test of its own."""
-    return PointBatch(
-        {number: f"{name}{number}" for number, name in points.names.items()},
-        points.time_unix_nano,
-        points.values,
-        points.iterations,
-        points.metric_ids,
-        points.dense,
-    )
+    names: dict[int, str] = {}
+    for number, name in points.names.items():
+        while name in names.values():
+            name += "'"
+        names[number] = name
+    columns = (points.time_unix_nano, points.values, points.iterations, points.metric_ids)
+    return PointBatch(names, *columns, points.dense)
 
 
 @CODECS

@@ -63,7 +63,8 @@ class ConsoleExporter:
     def begin(self, batch: Batch, note: Mapping[str, Any] | None = None) -> _ConsoleDelivery:
         """The batch as lines."""
         lines = [line for part in batch.parts for line in (*self._records(part.records), *_points(part.points))]
-        return _ConsoleDelivery(self, [f"{self._name}  {line}\n" for line in lines])
+        lines.sort(key=lambda line: line[0])  # stable; records and points come apart, a person reads them by time
+        return _ConsoleDelivery(self, [f"{self._name}  {_clock(time)}  {text}\n" for time, text in lines])
 
     def beat(self, batch: Batch, heartbeat: Heartbeat) -> None:
         """Nothing: a person sees that the run lives."""
@@ -80,17 +81,17 @@ class ConsoleExporter:
         except (OSError, ValueError, AttributeError) as error:  # broken pipe, closed file, no stderr (pythonw)
             guard.limited("console", "the console can't be written to: %s", error)
 
-    def _records(self, records: tuple[Record, ...]) -> Iterator[str]:
+    def _records(self, records: tuple[Record, ...]) -> Iterator[tuple[int, str]]:
         for record in records:
             if isinstance(record, SpanStarted):
                 self._spans[record.span_id] = record
-                yield f"{_clock(record.start_unix_nano)}  {record.name} began"
+                yield record.start_unix_nano, f"{record.name} began"
             elif isinstance(record, SpanEnded):
                 begun = self._spans.pop(record.span_id, None)
                 if begun is not None:
                     seconds = (record.end_unix_nano - begun.start_unix_nano) / 1e9
                     how = "ended" if record.error is None else f"failed ({record.error.type}: {record.error.message})"
-                    yield f"{_clock(record.end_unix_nano)}  {begun.name} {how} after {seconds:.3f} s"
+                    yield record.end_unix_nano, f"{begun.name} {how} after {seconds:.3f} s"
             else:
                 line = _line(record)
                 if line is not None:
@@ -116,25 +117,25 @@ class _ConsoleDelivery:
         return Delivered()
 
 
-def _line(record: Record) -> str | None:
+def _line(record: Record) -> tuple[int, str] | None:
     if isinstance(record, RunStarted):
-        return f"{_clock(record.time_unix_nano)}  run {record.run_name} started"
+        return record.time_unix_nano, f"run {record.run_name} started"
     if isinstance(record, ParamsLogged):
-        return f"{_clock(record.time_unix_nano)}  params  {_pairs(record.params)}"
+        return record.time_unix_nano, f"params  {_pairs(record.params)}"
     if isinstance(record, TagsSet):
-        return f"{_clock(record.time_unix_nano)}  tags  {_pairs(record.tags)}"
+        return record.time_unix_nano, f"tags  {_pairs(record.tags)}"
     if isinstance(record, ArtifactLogged):
-        return f"{_clock(record.time_unix_nano)}  artifact  {record.path}  ({record.size:,} bytes)"
+        return record.time_unix_nano, f"artifact  {record.path}  ({record.size:,} bytes)"
     if isinstance(record, AttemptEnded):
         error = "" if record.error is None else f"  {record.error.type}: {record.error.message}"
-        return f"{_clock(record.end_unix_nano)}  run {record.status}{error}"
+        return record.end_unix_nano, f"run {record.status}{error}"
     return None
 
 
-def _points(points: PointBatch) -> Iterator[str]:
+def _points(points: PointBatch) -> Iterator[tuple[int, str]]:
     columns = zip(points.time_unix_nano, points.values, points.iterations, points.metric_ids, strict=True)
     for time, value, iteration, metric in columns:
-        yield f"{_clock(time)}  {points.names[metric]} = {value:.6g}  (iteration {iteration})"
+        yield time, f"{points.names[metric]} = {value:.6g}  (iteration {iteration})"
 
 
 def _pairs(values: Mapping[str, object]) -> str:

@@ -91,7 +91,7 @@ def template(width: int, dense: bool, timeless: bool) -> Form:
 def metric_field(name: str, rows: bytes | bytearray | memoryview) -> bytes:
     """ScopeMetrics.metrics = 2: a gauge of this name with these data points, no unit and no description."""
     gauge = varint(5 << 3 | 2) + varint(len(rows))
-    label = field(1, wire_text(name).encode())
+    label = field(1, wire_text(name).encode()) if name else b""  # proto3 leaves an empty text out
     return b"".join((b"\x12", varint(len(label) + len(gauge) + len(rows)), label, gauge, rows))
 
 

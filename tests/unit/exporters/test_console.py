@@ -54,6 +54,15 @@ def test_every_record_is_a_line() -> None:
         assert text in said
 
 
+def test_lines_are_in_order_of_time_whatever_they_are() -> None:
+    stream = io.StringIO()
+    exporter = ConsoleExporter({}, {}, {}, stream=stream)
+    records = [SpanStarted("1" * 16, "2" * 16, "epoch", START + MS), TagsSet(START + 10 * MS, {"a": "b"})]
+    exporter.begin(batch([("loss", i, i) for i in range(3)], records)).attempt()
+    said = [line.split("  ", 2)[2].split()[0] for line in stream.getvalue().splitlines()]
+    assert said == ["loss", "epoch", "loss", "loss", "tags"]
+
+
 def test_the_stream_is_the_standard_error_of_the_moment(capsys: pytest.CaptureFixture[str]) -> None:
     exporter = ConsoleExporter({}, {}, {})
     exporter.open(RUN, {})
