@@ -1,4 +1,4 @@
-"""Writes what the reference pages take from the code (settings, commands); `--check` only says if it is right."""
+"""Writes what pages take from elsewhere (settings, commands, decisions); `--check` only says if it is right."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from tracelet.cli.main import EXIT_CODES, parser
 from tracelet.settings import SETTINGS
 
-REFERENCE = Path(__file__).parents[1] / "docs" / "reference"
+DOCS = Path(__file__).parents[1] / "docs"
 BEGIN, END = "<!-- made by scripts/reference_pages.py -->\n", "<!-- end of what is made -->\n"
 
 
@@ -36,6 +36,15 @@ def commands() -> str:
     return "\n".join(parts) + "\n## Exit codes\n\n" + "\n".join(rows) + "\n"
 
 
+def decisions() -> str:
+    """A line for each decision, from its heading."""
+    rows = ["| | decision |", "|---|---|"]
+    for page in sorted((DOCS / "decisions").glob("[0-9]*.md")):
+        number, _, title = page.read_text().splitlines()[0].removeprefix("# ").partition(": ")
+        rows.append(f"| [{number}]({page.name}) | {title} |")
+    return "\n".join(rows) + "\n"
+
+
 def with_made(text: str, made: str) -> str:
     """The page with what is made today."""
     before, _, rest = text.partition(BEGIN)
@@ -45,8 +54,13 @@ def with_made(text: str, made: str) -> str:
 def main() -> int:
     """0 if the pages are, or have been put, right."""
     wrong = 0
-    for name, made in (("settings.md", settings()), ("commands.md", commands())):
-        page = REFERENCE / name
+    pages = {
+        "reference/settings.md": settings(),
+        "reference/commands.md": commands(),
+        "decisions/index.md": decisions(),
+    }
+    for name, made in pages.items():
+        page = DOCS / name
         text = page.read_text()
         new = with_made(text, made)
         if new != text:

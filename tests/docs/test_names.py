@@ -52,7 +52,7 @@ def test_every_public_method_has_a_docstring(cls: type) -> None:
             assert inspect.getdoc(member), f"{cls.__name__}.{name}"
 
 
-def test_the_table_of_settings_is_that_of_the_code() -> None:
+def test_what_pages_take_from_the_code_is_what_the_code_says() -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "reference_pages.py"), "--check"], cwd=ROOT, check=False
     )
