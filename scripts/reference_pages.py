@@ -40,7 +40,8 @@ def decisions() -> str:
     """A line for each decision, from its heading."""
     rows = ["| | decision |", "|---|---|"]
     for page in sorted((DOCS / "decisions").glob("[0-9]*.md")):
-        number, _, title = page.read_text().splitlines()[0].removeprefix("# ").partition(": ")
+        number, _, title = page.read_text().splitlines()[0].removeprefix("# ").partition(" ")
+        number = number.removesuffix(":")
         rows.append(f"| [{number}]({page.name}) | {title} |")
     return "\n".join(rows) + "\n"
 
