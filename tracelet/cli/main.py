@@ -74,6 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # `tracelet runs | head`: the reader has seen enough. Python would complain once more while closing stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FINE
+    except OSError as error:
+        # Somebody else's folder, a disk that is gone: the system's own words name the file.
+        print(f"tracelet {args.command}: {error}", file=sys.stderr)
+        return WRONG
     except KeyboardInterrupt:
         print(f"tracelet {args.command}: interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -23,9 +23,13 @@ _OPEN = re.compile(
     r"|TRACELET_(?:BACKEND|PROJECT|EXPERIMENT_NAME|DIR|SHIPPER|RUN_ID|KEEP|MAX_BYTES|GRACE)",
     re.IGNORECASE,
 )
+# By whole words: TOKENIZERS_PARALLELISM=false must not blot out every "false".
 _SECRET = re.compile(
-    r"PASSWORD|PASSWD|SECRET|TOKEN|CREDENTIAL|HEADERS|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY", re.IGNORECASE
+    r"(?:^|_)(?:\w*PASSWORD|PASSWD|SECRETS?|\w*TOKENS?|CREDENTIALS?|HEADERS|API_?KEY|ACCESS_?KEY(?:_ID)?|PRIVATE_?KEY)"
+    r"(?:_|$)",
+    re.IGNORECASE,
 )
+_NO_SECRETS = frozenset({"true", "false", "none", "null", "enabled", "disabled", "default"})
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s,;\"'<>]+")
 
 
@@ -71,7 +75,8 @@ class Sieve:
             found.update(_of_uris(value))
         for secret in secrets:
             _collect(secret, found)
-        self._secrets = sorted((s for s in found if len(s) >= _SHORTEST), key=len, reverse=True)
+        telling = (s for s in found if len(s) >= _SHORTEST and s.lower() not in _NO_SECRETS)
+        self._secrets = sorted(telling, key=len, reverse=True)
 
     def __call__(self, text: str) -> str:
         for secret in self._secrets:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -96,8 +97,9 @@ def plan(found: Iterable[Facts], keep: Keep, *, now_s: float) -> list[Piece]:
             pieces.append(Piece(facts, (), _size(facts.folder)))
             continue
         for path in _delivered(facts.folder):
-            stat = path.stat()
-            files.append((stat.st_mtime, stat.st_size, path, facts))
+            with contextlib.suppress(FileNotFoundError):  # a shipper keeps to KEEP, too
+                stat = path.stat()
+                files.append((stat.st_mtime, stat.st_size, path, facts))
     files.sort(key=lambda file: (file[0], file[2].name))
     left = sum(number_of_bytes for _, number_of_bytes, _, _ in files)
     gone: dict[Path, list[tuple[int, Path]]] = {}
@@ -135,7 +137,11 @@ def _delivered(folder: Path) -> list[Path]:
 
 
 def _size(folder: Path) -> int:
-    return store.usage(folder) + sum(path.stat().st_size for path in _delivered(folder))
+    total = store.usage(folder)
+    for path in _delivered(folder):
+        with contextlib.suppress(FileNotFoundError):
+            total += path.stat().st_size
+    return total
 
 
 def _delete(piece: Piece) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from tracelet.cli.facts import RUNNING, Destination, Facts, look, newest
 from tracelet.cli.find import add_dir, all_runs, root, short_ids
 from tracelet.cli.text import count, instant, plain, table
+from tracelet.spool.store import RunFolder
 
 __all__ = ["EXAMPLES", "add", "as_json", "run"]
 
@@ -38,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     spool = root(args)
     entries = all_runs(spool)
     ids = short_ids(entries)
-    found = [look(entry) for entry in entries]
+    found = list(_look_at(entries))
     if args.json:
         print(json.dumps([as_json(facts) for facts in found], indent=2))
         return 0
@@ -47,6 +49,12 @@ def run(args: argparse.Namespace) -> int:
         return 0
     print(render(found, ids))
     return 0
+
+
+def _look_at(entries: Sequence[RunFolder]) -> Iterator[Facts]:
+    for entry in entries:
+        with contextlib.suppress(FileNotFoundError):  # deleted since it was listed
+            yield look(entry)
 
 
 def render(found: Sequence[Facts], ids: Mapping[str, str]) -> str:

@@ -16,7 +16,16 @@ from tracelet.cli.find import add_dir, all_runs, root, select, short_ids
 from tracelet.cli.runs import as_json, waiting
 from tracelet.cli.text import age, count, instant, number, plain, size, table
 from tracelet.errors import SpoolError
-from tracelet.records import ArtifactLogged, MetricNamed, ParamsLogged, PointBatch, TagsSet, WriterEnded
+from tracelet.records import (
+    ArtifactLogged,
+    MetricNamed,
+    ParamsLogged,
+    PointBatch,
+    SpanEnded,
+    SpanStarted,
+    TagsSet,
+    WriterEnded,
+)
 from tracelet.spool import store
 from tracelet.spool.reader import START, SpoolReader
 
@@ -48,6 +57,7 @@ class Content:
     params: dict[str, Any] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
     artifacts: dict[str, int] = field(default_factory=dict)  # path -> bytes
+    phases: dict[str, tuple[SpanStarted, SpanEnded | None]] = field(default_factory=dict)  # by span id
     ends: list[WriterEnded] = field(default_factory=list)
     writers: int = 0
     damaged: int = 0
@@ -126,6 +136,12 @@ def _frames(reader: SpoolReader, writer: str, content: Content) -> Mapping[int, 
                 content.tags.update(record.tags)
             case ArtifactLogged():
                 content.artifacts[record.path] = record.size
+            case SpanStarted():
+                content.phases[record.span_id] = (record, None)
+            case SpanEnded():
+                begun = content.phases.get(record.span_id)
+                if begun is not None:
+                    content.phases[record.span_id] = (begun[0], record)
             case WriterEnded(status=str()):
                 content.ends.append(record)
     return names
@@ -170,6 +186,7 @@ def render(facts: Facts, content: Content, short: str) -> str:
     parts.extend(_mapping("Params", content.params))
     parts.extend(_mapping("Tags", content.tags))
     parts.extend(_mapping("Artifacts", {path: size(bytes_) for path, bytes_ in content.artifacts.items()}))
+    parts.extend(_phases(content))
     parts.extend(_metrics(content))
     if facts.waits and facts.shipper_pid is None:
         to = "" if facts.destinations else " --to mlflow   # or otlp: it was logged without a destination"
@@ -263,6 +280,19 @@ def _mapping(title: str, content: Mapping[str, Any]) -> Iterator[str]:
         yield f"{title} ({len(content):,})\n" + table(rows, indent="  ") + more
 
 
+def _phases(content: Content) -> Iterator[str]:
+    """The phases of the run, the last twenty; one that never ended is where a killed run died."""
+    if not content.phases:
+        return
+    rows = []
+    for started, ended in list(content.phases.values())[-20:]:
+        took = "not ended" if ended is None else age((ended.end_unix_nano - started.start_unix_nano) / 1e9)
+        error = ended.error if ended is not None else None
+        words = f"{error.type}: {plain(error.message)}" if error is not None else ""
+        rows.append([plain(started.name), instant(started.start_unix_nano), took, words])
+    yield f"Phases ({len(content.phases):,})\n" + table(rows, indent="  ")
+
+
 def _metrics(content: Content) -> Iterator[str]:
     if content.metrics:
         rows: Sequence[Sequence[str]] = [
@@ -301,5 +331,14 @@ def _json(facts: Facts, content: Content) -> dict[str, Any]:
             }
             for name, m in sorted(content.metrics.items())
         },
+        "phases": [
+            {
+                "name": started.name,
+                "start_unix_nano": started.start_unix_nano,
+                "end_unix_nano": None if ended is None else ended.end_unix_nano,
+                "error": None if ended is None or ended.error is None else ended.error.type,
+            }
+            for started, ended in content.phases.values()
+        ],
         "damaged": content.damaged,
     }

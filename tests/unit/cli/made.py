@@ -10,7 +10,7 @@ from typing import Any
 from tracelet import codec
 from tracelet.core import values
 from tracelet.errors import RunClosed
-from tracelet.records import FINISHED, MetricNamed, ParamsLogged, TagsSet, WriterEnded, WriterOpened
+from tracelet.records import FINISHED, MetricNamed, ParamsLogged, Record, TagsSet, WriterEnded, WriterOpened
 from tracelet.spool import store
 from tracelet.spool.cursor import Journal
 from tracelet.spool.reader import START, SpoolReader
@@ -33,6 +33,7 @@ def make_run(
     decided: bool = False,
     params: Mapping[str, Any] | None = None,
     tags: Mapping[str, str] | None = None,
+    records: Sequence[Record] = (),
     slots: int = 32768,
 ) -> Path:
     """A run with points of `loss`, its writer ended (`ended`) or simply gone (None)."""
@@ -63,6 +64,8 @@ def make_run(
         writer.frame(*codec.encode(ParamsLogged(started, params)), started)
     if tags:
         writer.frame(*codec.encode(TagsSet(started, tags)), started)
+    for record in records:
+        writer.frame(*codec.encode(record), started)
     for iteration in range(points):
         writer.log("loss", 1.0 / (iteration + 1) if iteration else math.nan, iteration)
     kind, payload = codec.encode(WriterEnded(started + 60_000_000_000, ended, "stop"))

@@ -64,3 +64,15 @@ def test_the_sieve_knows_secrets_given_as_arguments() -> None:
 
 def test_a_secret_too_short_to_tell_apart_does_not_blot_out_the_text() -> None:
     assert Sieve({"MLFLOW_TRACKING_TOKEN": "a"})("a banana") == "a banana"
+
+
+def test_a_variable_that_only_sounds_like_a_secret_does_not_blot_out_ordinary_words() -> None:
+    environ = {"TOKENIZERS_PARALLELISM": "false", "USE_AUTH_TOKEN": "true", "KEYBOARD": "qwerty"}
+    assert Sieve(environ)("false is not true, nor qwerty") == "false is not true, nor qwerty"
+
+
+@pytest.mark.parametrize(
+    "name", ["HF_TOKEN", "GITHUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "PGPASSWORD", "DB_PASSWORD", "X_API_KEY"]
+)
+def test_the_usual_names_of_secrets_are_known(name: str) -> None:
+    assert Sieve({name: SECRET})(f"it said {SECRET}") == "it said ***"

@@ -9,6 +9,7 @@ import pytest
 
 from tests.unit.cli.made import FILE, MLFLOW, NOON, deliver, make_run
 from tracelet.cli.main import main
+from tracelet.records import ErrorInfo, SpanEnded, SpanStarted
 from tracelet.spool import store
 
 ONE, TWO = "1" * 31 + "a", "1" * 31 + "b"
@@ -197,3 +198,30 @@ def test_json_has_no_nan(spool: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
     [run] = json.loads(capsys.readouterr().out, parse_constant=refuse)
     assert run["metrics"]["loss"]["last"] == "nan"
+
+
+def test_show_names_the_phase_a_killed_run_died_in(spool: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    error = ErrorInfo("ValueError", "out of cheese", "")
+    phases = (
+        SpanStarted("01" * 8, "00" * 8, "load", NOON),
+        SpanEnded("01" * 8, NOON + 65 * 10**9),
+        SpanStarted("02" * 8, "00" * 8, "warm up", NOON),
+        SpanEnded("02" * 8, NOON + 10**9, error),
+        SpanStarted("03" * 8, "00" * 8, "train", NOON),
+    )
+    make_run(spool, records=phases, ended=None)
+    text = "\n".join(lines(capsys, "show", "aaaa"))
+    phase = {line.split("  ")[1].strip(): line for line in text.splitlines() if line.startswith("  ")}
+    assert phase["load"].endswith("1 min 5 s")
+    assert phase["warm up"].endswith("1 s        ValueError: out of cheese")
+    assert phase["train"].endswith("not ended")
+
+
+def test_what_the_system_refuses_is_one_line_and_no_traceback(spool: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_run(spool)
+    (folder / store.MANIFEST).unlink()
+    (folder / store.MANIFEST).mkdir()  # reading it is an error of the system, also for root
+    assert main(["runs"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("tracelet runs: ")
+    assert store.MANIFEST in told
