@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import ssl
+import subprocess
 import threading
 import time
 import zlib
@@ -11,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import grpc
@@ -142,6 +145,17 @@ def attributes(message: Any) -> dict[str, Any]:
     return {each.key: getattr(each.value, each.value.WhichOneof("value")) for each in message.attributes}
 
 
+def certificate(folder: Path) -> tuple[Path, Path]:
+    """A new self-signed certificate for localhost and its key, as files."""
+    key, public = folder / "key.pem", folder / "cert.pem"
+    command = (
+        f"openssl req -x509 -newkey rsa:2048 -nodes -keyout {key} -out {public} -days 2"
+        " -subj /CN=localhost -addext subjectAltName=DNS:localhost"
+    )
+    subprocess.run(command.split(), check=True, capture_output=True)
+    return public, key
+
+
 def until(condition: Callable[[], bool], limit_s: float = 20.0) -> None:
     """Wait until `condition` holds."""
     deadline = time.monotonic() + limit_s
@@ -151,9 +165,9 @@ def until(condition: Callable[[], bool], limit_s: float = 20.0) -> None:
 
 
 class HttpSink(Sink):
-    """OTLP over HTTP on a free port; a context manager."""
+    """OTLP over HTTP (HTTPS with `tls`) on a free port; a context manager."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         super().__init__()
         sink = self
 
@@ -203,7 +217,10 @@ class HttpSink(Sink):
                 pass  # a reset connection is part of the script
 
         self.server = Server(("127.0.0.1", 0), Handler)
-        self.url = self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
+        if tls is not None:
+            self.server.socket = tls.wrap_socket(self.server.socket, server_side=True)
+        scheme, host = ("http", "127.0.0.1") if tls is None else ("https", "localhost")
+        self.url = self.endpoint = f"{scheme}://{host}:{self.server.server_port}"
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True)
 
     def __enter__(self) -> HttpSink:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import ssl
 from collections.abc import Iterator
 from email.utils import formatdate
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.otlp_batches import MS, RUN, START, batch, opened, otlp_spec
-from tests.sinks import HttpSink, Received, Say, attributes
+from tests.sinks import HttpSink, Received, Say, attributes, certificate
 from tracelet.errors import ConfigError
 from tracelet.exporters.base import Delivered, Rejected, RetryLater
 from tracelet.exporters.otlp import OTLPExporter
@@ -385,6 +386,47 @@ def test_a_missing_certificate_file_is_named(sink: HttpSink, monkeypatch: pytest
     assert isinstance(answer, RetryLater)
     assert answer.loud
     assert "/nowhere/ca.pem" in answer.reason
+
+
+def test_tls_with_the_variables_certificate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    public, key = certificate(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(public, key)
+    # A machine-wide bundle must not win over the certificate that was named for OTLP.
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(public))
+    with HttpSink(context) as secure:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", secure.endpoint)
+        other = tmp_path / "other"
+        other.mkdir()
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_CERTIFICATE", str(certificate(other)[0]))
+        refused = exporter(None).begin(batch(rows(1))).attempt()
+        assert isinstance(refused, RetryLater)
+        assert refused.loud
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(other / "cert.pem"))
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_CERTIFICATE", str(public))
+        assert exporter(None).begin(batch(rows(1))).attempt() == Delivered()
+
+
+def test_a_credential_provider_signs_what_we_send(
+    sink: HttpSink, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "provider_of_a_test.py").write_text(
+        "import requests\n\n\ndef session():\n    made = requests.Session()\n"
+        "    made.headers['x-signed'] = 'yes'\n    return made\n"
+    )
+    installed = tmp_path / "provider_of_a_test-1.0.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: provider-of-a-test\nVersion: 1.0\n")
+    (installed / "entry_points.txt").write_text(
+        "[opentelemetry_otlp_credential_provider]\nof_a_test = provider_of_a_test:session\n"
+    )
+    monkeypatch.setenv("OTEL_PYTHON_EXPORTER_OTLP_HTTP_CREDENTIAL_PROVIDER", "of_a_test")
+    missing = exporter(sink.endpoint).begin(batch(rows(1))).attempt()
+    assert isinstance(missing, RetryLater)
+    assert "of_a_test" in missing.reason
+    monkeypatch.syspath_prepend(tmp_path)
+    assert exporter(sink.endpoint).begin(batch(rows(1))).attempt() == Delivered()
+    assert sink.stored[0].headers["x-signed"] == "yes"
 
 
 def test_our_own_posts_are_not_instrumented(sink: HttpSink) -> None:

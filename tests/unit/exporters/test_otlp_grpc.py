@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from google.rpc.error_details_pb2 import RetryInfo
 from google.rpc.status_pb2 import Status
 
 from tests.otlp_batches import MS, RUN, START, batch, otlp_spec
-from tests.sinks import GrpcSink, Received, Say, attributes
+from tests.sinks import GrpcSink, Received, Say, attributes, certificate
 from tracelet.exporters.base import Answer, Delivered, Rejected, RetryLater
 from tracelet.exporters.otlp import OTLPExporter
 from tracelet.exporters.otlp_grpc import GrpcSender
@@ -101,15 +100,10 @@ def test_headers_of_the_variables_and_of_arguments_are_merged(
 
 
 def test_tls_with_the_variables_certificate(made: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
-    command = (
-        f"openssl req -x509 -newkey rsa:2048 -nodes -keyout {key} -out {certificate} -days 2"
-        " -subj /CN=localhost -addext subjectAltName=DNS:localhost"
-    )
-    subprocess.run(command.split(), check=True, capture_output=True)
-    credentials = grpc.ssl_server_credentials([(key.read_bytes(), certificate.read_bytes())])
+    public, key = certificate(tmp_path)
+    credentials = grpc.ssl_server_credentials([(key.read_bytes(), public.read_bytes())])
     with GrpcSink(credentials) as sink:
-        monkeypatch.setenv("OTEL_EXPORTER_OTLP_CERTIFICATE", str(certificate))
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_CERTIFICATE", str(public))
         assert first_try(made(f"https://localhost:{sink.port}")) == Delivered()
 
 
