@@ -1,6 +1,6 @@
 """What a log call costs at the spool itself, beside the cheapest thing training could do instead.
 
-    .venv/bin/python benchmarks/hot_path.py [--points 1000000] [--dir DIR] [--rounds 5]
+    .venv/bin/python benchmarks/hot_path.py [--points 100000] [--dir DIR] [--rounds 15]
 
 The comparison is `list.append((name, value, i, time.time_ns()))`, in the same process, in turns. `Writer.log` is the
 closure that an Experiment shows as `log_metric`. `--dir` decides the file system: a store into a fresh page costs a
@@ -109,8 +109,8 @@ def rolls(folder: Path, spares: bool) -> list[float]:
 def main() -> int:
     """Print the numbers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--points", type=int, default=1_000_000)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--points", type=int, default=100_000)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--dir", type=Path, default=None)
     options = parser.parse_args()
     points = options.points
