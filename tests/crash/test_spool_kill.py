@@ -100,3 +100,35 @@ def test_a_worker_that_lives_on_hides_no_death(tmp_path: Path) -> None:
         os.kill(worker, 9)
     until(lambda: not is_alive(tmp_path / "spool", other))
     assert drain(tmp_path / "spool", dead=True)[other].points == [("worker", 1.0, 1)]
+
+
+EXIT = """
+import atexit, pathlib, sys, threading
+from tests.unit.spool.pens import end, pen
+writer = pen(pathlib.Path(sys.argv[1]), slots_per_segment=512)
+log = writer.log
+def work():
+    i = 0
+    while True:
+        i += 1
+        log("thread", 1.0, i)
+threading.Thread(target=work, daemon=True).start()
+atexit.register(lambda: log("late", 1.0, 1))
+for i in range(20_000):
+    log("a", 1.0, i)
+"""
+
+
+def test_an_exit_without_an_end_is_silent_and_keeps_everything(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "dev", "-W", "error", "-c", EXIT, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    (story,) = drain(tmp_path, dead=True).values()
+    assert [i for name, _, i in story.points if name == "a"] == list(range(20_000))
+    assert ("late", 1.0, 1) in story.points
+    assert not story.ended

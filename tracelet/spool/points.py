@@ -14,6 +14,7 @@ format, with a reader of 30 lines, is in docs/reference/spool-format.md.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import operator
 import os
@@ -211,7 +212,7 @@ class MappedSegment:
 class AppendedSegment:
     """A segment written with system calls, for file systems where mapping could kill; used under the writer's lock."""
 
-    __slots__ = ("_synced_at", "base", "capacity", "fd", "next", "number", "voids")
+    __slots__ = ("_synced_at", "_unsettled", "base", "capacity", "fd", "next", "number", "voids")
 
     SYNC_EVERY_S = 1.0
 
@@ -222,43 +223,52 @@ class AppendedSegment:
         self.fd = fd
         self.next = 0
         self.voids = 0
+        self._unsettled = -1  # the slot of a call that did not come to its end
         self._synced_at = time.monotonic()
         page = header.pack().ljust(HEADER_SIZE, b"\0")
         if os.pwrite(fd, page, 0) != HEADER_SIZE:
-            raise OSError(28, "No space left on device")
+            raise OSError(errno.ENOSPC, "No space left on device")
 
     def head(self) -> int:
         return self.next
 
     def put(self, time_unix_nano: int, value: float, iteration: int, metric_id: int, kind: int) -> int | None:
+        if self._unsettled >= 0:
+            self._settle()
         slot = self.next
         if slot >= self.capacity:
             return None
         # Taken before it is written: after an interrupt the next record must not land on this one, which a reader
-        # may have delivered already.
+        # may have delivered already. Whether an interrupted one was written is found out by whoever comes next,
+        # since here a second interrupt could cut that short.
+        self._unsettled = slot
         self.next = slot + 1
-        at = HEADER_SIZE + SLOT_SIZE * slot
+        data = SLOT.pack(time_unix_nano, value, iteration, metric_id, self.base | kind)
         try:
-            written = os.pwrite(self.fd, SLOT.pack(time_unix_nano, value, iteration, metric_id, self.base | kind), at)
+            if os.pwrite(self.fd, data, HEADER_SIZE + SLOT_SIZE * slot) != SLOT_SIZE:
+                raise OSError(errno.ENOSPC, "No space left on device")
         except OSError:
-            self.next = slot  # nothing was written
+            # The marker, its last field, did not get there; the next record is written over it.
+            self.next = slot
+            self._unsettled = -1
             raise
-        except BaseException:
-            if os.pread(self.fd, 4, at + _MARKER_AT) in (b"", _UNSET):
-                os.pwrite(self.fd, _CRC.pack(self.base | VOID), at + _MARKER_AT)
-                self.voids += 1
-            raise
-        if written != SLOT_SIZE:
-            self.next = slot  # the marker is its last field and did not get there; the next record overwrites
-            raise OSError(28, "No space left on device")
+        self._unsettled = -1
         now = time.monotonic()
         if now - self._synced_at >= self.SYNC_EVERY_S:
             self._synced_at = now
             os.fdatasync(self.fd)
         return slot
 
+    def _settle(self) -> None:
+        at = HEADER_SIZE + SLOT_SIZE * self._unsettled
+        if os.pread(self.fd, 4, at + _MARKER_AT) in (b"", _UNSET):
+            os.pwrite(self.fd, SLOT.pack(0, 0.0, 0, 0, self.base | VOID), at)
+            self.voids += 1
+        self._unsettled = -1
+
     def seize(self) -> None:
-        pass
+        if self._unsettled >= 0:
+            self._settle()
 
     def open_slots(self) -> int:
         return 0  # one record at a time, under the lock

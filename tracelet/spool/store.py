@@ -28,6 +28,7 @@ __all__ = [
     "KeepRule",
     "Manifest",
     "RunFolder",
+    "beyond_keep",
     "list_runs",
     "make_spares",
     "move_delivered",
@@ -357,8 +358,8 @@ class KeepRule:
     bytes: int = 2 * 10**9
 
 
-def retain(folders: Iterable[Path], rule: KeepRule, *, now_s: float) -> int:
-    """Delete what lies in the delivered/ of these folders beyond `rule`, oldest first; returns the bytes deleted."""
+def beyond_keep(folders: Iterable[Path], rule: KeepRule, *, now_s: float) -> list[tuple[Path, int]]:
+    """What lies in the delivered/ of these folders beyond `rule`, with its bytes, oldest first."""
     found: list[tuple[float, int, Path]] = []
     for folder in folders:
         with contextlib.suppress(FileNotFoundError), os.scandir(folder / DELIVERED) as entries:
@@ -367,14 +368,22 @@ def retain(folders: Iterable[Path], rule: KeepRule, *, now_s: float) -> int:
                     stat = entry.stat(follow_symlinks=False)
                     found.append((stat.st_mtime, stat.st_size, Path(entry.path)))
     found.sort(key=lambda one: (one[0], one[2].name))
-    total = sum(size for _, size, _ in found)
-    deleted = 0
+    left = sum(size for _, size, _ in found)
+    beyond: list[tuple[Path, int]] = []
     for modified, size, path in found:
-        if now_s - modified <= rule.seconds and total - deleted <= rule.bytes:
+        if now_s - modified <= rule.seconds and left <= rule.bytes:
             break
+        beyond.append((path, size))
+        left -= size
+    return beyond
+
+
+def retain(folders: Iterable[Path], rule: KeepRule, *, now_s: float) -> int:
+    """Delete what `beyond_keep` names; returns the bytes deleted."""
+    beyond = beyond_keep(folders, rule, now_s=now_s)
+    for path, _ in beyond:
         path.unlink(missing_ok=True)
-        deleted += size
-    return deleted
+    return sum(size for _, size in beyond)
 
 
 def remove_run(folder: Path) -> None:

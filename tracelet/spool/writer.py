@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import FrameType
 from typing import NamedTuple, TypeVar
 
 from tracelet.errors import SpoolError, SpoolFull
@@ -297,20 +298,20 @@ class Writer:
         segment = files.segment
         until = time.monotonic() + _STANDING_IN_S
         while segment.open_slots():
-            inside = {self._fused.log.__code__, self._fused.log_many.__code__}  # type: ignore[attr-defined]
             me = threading.get_ident()
-            standing = any(_stands_in(frame, inside) for thread, frame in sys._current_frames().items() if thread != me)
-            if not standing:
+            if not any(self._stands_in_slot(frame) for thread, frame in sys._current_frames().items() if thread != me):
                 segment.void_open()
                 return
             if time.monotonic() > until:
                 return  # still in there: left open, skipped by readers once this process is gone
             time.sleep(0.001)
 
-
-def _stands_in(frame: object, codes: set[object]) -> bool:
-    while frame is not None:
-        if getattr(frame, "f_code", None) in codes:
-            return True
-        frame = getattr(frame, "f_back", None)
-    return False
+    def _stands_in_slot(self, frame: FrameType | None) -> bool:
+        inside = (self._fused.log.__code__, self._fused.log_many.__code__)  # type: ignore[attr-defined]
+        while frame is not None:
+            if frame.f_code is Writer._slow.__code__:
+                return False  # waits for the lock, without a slot
+            if frame.f_code in inside:
+                return True
+            frame = frame.f_back
+        return False

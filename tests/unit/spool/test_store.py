@@ -21,6 +21,7 @@ from tracelet.spool.store import (
     Attempt,
     KeepRule,
     Manifest,
+    beyond_keep,
     list_runs,
     make_spares,
     move_delivered,
@@ -185,6 +186,8 @@ def test_delivered_files_go_by_age_and_size_oldest_first(tmp_path: Path) -> None
 
     assert retain(folders, KeepRule(10, 1000), now_s=1000) == 0
     assert retain(folders, KeepRule(3.5, 1000), now_s=1000) == 100
+    assert left() == {"1", "2", "3"}
+    assert beyond_keep(folders, KeepRule(10, 250), now_s=1000) == [(tmp_path / "a" / "delivered" / "3", 100)]
     assert left() == {"1", "2", "3"}
     assert retain(folders, KeepRule(10, 250), now_s=1000) == 100
     assert left() == {"1", "2"}

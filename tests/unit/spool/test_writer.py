@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import stat
+import sys
 import threading
 import time
 from pathlib import Path
+from types import FrameType
 
 import pytest
 
@@ -15,6 +17,7 @@ from tests.unit.spool.pens import ENDED, NAMED, TEXT, drain, end, name_frame, on
 from tracelet.errors import InvalidValue, RunClosed, SpoolError, SpoolFull
 from tracelet.guard import guard
 from tracelet.spool.points import Address
+from tracelet.spool.reader import START, SlotRange, SpoolReader
 from tracelet.spool.store import make_spares, usage
 
 both_ways = pytest.mark.parametrize("mapped", [True, False], ids=["mapped", "appended"])
@@ -481,3 +484,51 @@ def test_conversion_comes_before_the_slot(tmp_path: Path) -> None:
     writer.log("a", Slow(), 1)
     assert heads == [before]
     end(writer)
+
+
+def test_a_slot_left_open_by_a_trace_function_is_void_after_the_end(tmp_path: Path) -> None:
+    writer = pen(tmp_path)
+    writer.log("a", 1.0, 1)
+    segment = writer._sets[0].segment
+    next(segment.slots)  # type: ignore[attr-defined]  # what no call of ours can leave
+    writer.log("a", 2.0, 2)
+    end(writer)
+    story = only(drain(tmp_path))
+    assert story.points == [("a", 1.0, 1), ("a", 2.0, 2)]
+    assert story.voids == 1
+    assert story.ended
+    assert writer.counts().points == 2
+
+
+def test_an_end_waits_for_a_thread_that_stands_in_a_slot_but_not_for_ever(tmp_path: Path) -> None:
+    inside, go = threading.Event(), threading.Event()
+    writer = pen(tmp_path)
+    writer.log("a", 1.0, 1)
+
+    def trace(frame: FrameType, event: str, arg: object) -> object:
+        # The line of the store: the slot has been taken, nothing stands in it yet.
+        if frame.f_code is writer.log.__code__ and frame.f_locals.get("offset"):  # type: ignore[attr-defined]
+            sys.settrace(None)
+            inside.set()
+            go.wait(20)
+        return trace
+
+    def work() -> None:
+        sys.settrace(trace)
+        writer.log("a", 2.0, 2)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert inside.wait(20)
+    end(writer)
+    (name,) = writer.writer_ids()
+    reader = SpoolReader(tmp_path)
+    _, position = reader.poll(name, START, 100, dead=False)
+    assert position.open == ((1, 3),)  # left open, for it may still be filled
+    assert reader.ended(name)
+    go.set()
+    thread.join()
+    ranges, position = reader.poll(name, position, 100, dead=False)
+    assert ranges == (SlotRange(name, 1, 3, 4),)
+    assert position.open == ()
+    reader.close()
