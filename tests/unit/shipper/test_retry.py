@@ -1,3 +1,5 @@
+"""How long a destination is left alone before it is asked again."""
+
 from __future__ import annotations
 
 import pytest

@@ -1,3 +1,5 @@
+"""What an END, an exit code and a death make of an attempt, and what its records add up to."""
+
 from __future__ import annotations
 
 import json
