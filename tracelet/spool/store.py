@@ -174,7 +174,8 @@ def read_manifest(folder: Path) -> Manifest | None:
         return Manifest(**_known(Manifest, fields))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise SpoolFormatError(
-            f"{path} can't be read ({error}): move it away to ship what its folder holds by `tracelet ship`",
+            f"{path} can't be read ({error}): the records beside it are whole, but nothing says where they should go;"
+            " put the manifest back, or start the run again by run_id= to write a new one in place of a removed one",
             path=str(path),
         ) from error
 
