@@ -80,13 +80,14 @@ class DatabaseTransport:
         """mlflow's SqlAlchemyStore, made at first use: 4 to 6 s, and a new database gets its tables."""
         if self._store is None:
             try:
-                with quiet_mlflow(), self._one_at_a_time():
+                with quiet_mlflow():
                     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
                     for name in ("alembic", "mlflow.store.db.utils"):
                         logging.getLogger(name).setLevel(logging.CRITICAL)  # schema steps, one traceback a busy moment
                     made: Any = SqlAlchemyStore
-                    self._store = made(self._uri, self._root())
+                    with self._one_at_a_time():
+                        self._store = made(self._uri, self._root())
             except ImportError as error:
                 raise NotNow(
                     f"writing to {self._shown} needs a package that is missing here: {error}; install"
