@@ -35,7 +35,7 @@ def pen(folder: Path, *, mapped: bool | None = None) -> Writer:
         name_frame=lambda metric_id, name: (3, json.dumps([metric_id, name]).encode()),
         check_name=str,
         to_float=lambda name, value: float(value),  # type: ignore[arg-type]
-        to_iteration=operator.index,
+        to_iteration=operator.index,  # type: ignore[arg-type]
         closed=lambda: RuntimeError("closed"),
         mapped=mapped,
     )
@@ -93,7 +93,7 @@ def rolls(folder: Path, spares: bool) -> list[float]:
     """Microseconds of each call that had to open a new segment."""
     writer = pen(folder)
     writer.log("loss", 0.5, 0)
-    taken = []
+    taken: list[float] = []
     while len(taken) < 20:
         (head,) = writer.heads()
         if spares:

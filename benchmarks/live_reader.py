@@ -35,7 +35,7 @@ def write(folder: Path, points: int, threads: int) -> None:
         name_frame=lambda metric_id, name: (3, json.dumps([metric_id, name]).encode()),
         check_name=str,
         to_float=lambda name, value: float(value),  # type: ignore[arg-type]
-        to_iteration=operator.index,
+        to_iteration=operator.index,  # type: ignore[arg-type]
         closed=lambda: RuntimeError("closed"),
     )
     log, names = writer.log, [str(i) for i in range(NAMES)]

@@ -27,7 +27,13 @@ def run_and_leave(tmp_path: Path, spool: Path, code: str, *, check: bool = False
     script.write_text(START + textwrap.dedent(code))
     environ = {**os.environ, "TRACELET_DIR": str(spool), "TRACELET_SHIPPER": "off"}
     return subprocess.run(
-        [sys.executable, str(script)], cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=60, check=check
+        [sys.executable, str(script)],
+        cwd=tmp_path,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=check,
     )
 
 

@@ -78,9 +78,7 @@ def test_constructed_experiment_starts_at_its_first_log_call(spool: Path) -> Non
     exp.stop()
 
 
-def test_arguments_win_over_config_and_config_over_environment(
-    spool: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_arguments_win_over_config_and_config_over_environment(spool: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRACELET_EXPERIMENT_NAME", "from environment")
     monkeypatch.setenv("TRACELET_PROJECT", "from environment")
     monkeypatch.setenv("TRACELET_BACKEND", "console")
@@ -93,9 +91,7 @@ def test_arguments_win_over_config_and_config_over_environment(
     assert resource["service.name"] == "from config"
 
 
-def test_second_start_logging_ends_the_first_with_a_warning(
-    spool: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_second_start_logging_ends_the_first_with_a_warning(spool: Path, caplog: pytest.LogCaptureFixture) -> None:
     first = tracelet.start_logging(exp_name="first", backend="file")
     second = tracelet.start_logging(exp_name="second", backend="file")
     assert not first.running
@@ -311,9 +307,12 @@ def test_span_stays_out_of_opentelemetrys_context_unless_attached(spool: Path) -
 
 def test_attached_span_follows_the_surrounding_spans_sampling(spool: Path) -> None:
     tracer = TracerProvider(sampler=ALWAYS_OFF).get_tracer("app")
-    with Experiment("sampling", backend="file") as exp, tracer.start_as_current_span("unsampled"):
-        with exp.span("shared", attach=True):
-            assert not trace.get_current_span().get_span_context().trace_flags.sampled
+    with (
+        Experiment("sampling", backend="file") as exp,
+        tracer.start_as_current_span("unsampled"),
+        exp.span("shared", attach=True),
+    ):
+        assert not trace.get_current_span().get_span_context().trace_flags.sampled
 
 
 def test_16_threads_lose_and_mix_nothing(spool: Path) -> None:

@@ -66,11 +66,14 @@ def test_cuda_error_of_an_earlier_kernel_passes_through_unchanged(spool: Path, t
         "exp.log_metric('loss', 1.0, iteration=0)\n"
         "bad = torch.zeros(4, device='cuda')[torch.tensor([9], device='cuda')].sum()\n"
         "try:\n    exp.log_metric('loss', bad, iteration=1)\n"
-        "except BaseException as error:\n    print(type(error).__module__, type(error).__name__, 'CUDA' in str(error))\n"
+        "except BaseException as error:\n"
+        "    print(type(error).__module__, type(error).__name__, 'CUDA' in str(error))\n"
         "exp.log_metric('loss', 3.0, iteration=2)\n"
     )
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False)
-    assert done.stdout.split()[1:] == ["AcceleratorError", "True"] or done.stdout.split()[1:] == ["RuntimeError", "True"]
+    name, told = done.stdout.split()[1:]
+    assert name in {"AcceleratorError", "RuntimeError"}
+    assert told == "True"
     found = read(folder_of(spool))
     assert found.values("loss") == [(0, 1.0), (2, 3.0)]
     assert found.open_slots == 0
