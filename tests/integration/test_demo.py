@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.sinks import HttpSink, until
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -40,6 +42,17 @@ def test_the_demo_leaves_a_complete_run_in_mlflows_local_store(tmp_path: Path) -
     verify(tmp_path)
     left = {path.name for path in tmp_path.iterdir()} - {"mlflow.db", "mlruns", "spool"}
     assert not left, "the demo cleans up behind itself"
+
+
+def test_with_an_otlp_endpoint_the_same_run_leaves_as_otlp_too(tmp_path: Path, otlp_sink: HttpSink) -> None:
+    output = run(
+        sys.executable, str(ROOT / "examples" / "digits.py"), cwd=tmp_path, OTEL_EXPORTER_OTLP_ENDPOINT=otlp_sink.url
+    )
+    assert "0 waiting, 0 refused" in output
+    assert [point.iteration for point in otlp_sink.points() if point.name == "val_loss"] == list(range(1, 41))
+    until(lambda: "run digits" in {span.name for span in otlp_sink.spans()}, limit_s=60)
+    assert [span.name for span in otlp_sink.spans()].count("validate") == 40
+    verify(tmp_path)
 
 
 @pytest.mark.skipif(
