@@ -1,0 +1,100 @@
+"""Training that is killed: what had been logged is delivered, and the run is marked, whoever else is alive."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from tests.servers import MlflowServer, rows_of, run_of
+
+# Counts each call that returned in a file, by one write of one byte: what the kernel has is what was acknowledged.
+TRAINING = """
+import os, sys, tracelet
+exp = tracelet.start_logging(exp_name=sys.argv[1], project="death", backend="mlflow")
+acknowledged = os.open(sys.argv[2], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+if os.fork() == 0:  # a data-loader worker that outlives its parent
+    import time
+    exp.log_metric("worker", 1.0, iteration=0)
+    time.sleep(15)
+    os._exit(0)
+i = 0
+while True:
+    exp.log_metric("loss", i, iteration=i)
+    os.write(acknowledged, b".")
+    i += 1
+"""
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_points_of_a_killed_program_are_delivered_and_the_run_is_marked(
+    tmp_path: Path, mlflow_server: MlflowServer, seed: int
+) -> None:
+    name = f"killed-{seed}"
+    script, acknowledged = tmp_path / "train.py", tmp_path / "acknowledged"
+    script.write_text(TRAINING)
+    environ = {**os.environ, "MLFLOW_TRACKING_URI": mlflow_server.uri}
+    program = subprocess.Popen([sys.executable, str(script), name, str(acknowledged)], env=environ)
+    # The moment is random, and late enough for some points: the file's size is the clock.
+    wanted = random.Random(seed).randrange(1, 20_000)
+    while program.poll() is None and (not acknowledged.exists() or acknowledged.stat().st_size < wanted):
+        pass
+    program.send_signal(signal.SIGKILL)
+    assert program.wait(10) == -signal.SIGKILL
+    run = run_of(mlflow_server, name, project="death", status="KILLED", within_s=90)
+    rows = {row.step: row.value for row in rows_of(mlflow_server, run.info.run_id, "loss")}
+    logged = acknowledged.stat().st_size
+    assert set(range(logged)) <= rows.keys()
+    assert len(rows) <= logged + 1
+    assert len(rows_of(mlflow_server, run.info.run_id, "worker")) == 1
+
+
+CONTAINED = """
+import os, signal, sys, time, tracelet
+exp = tracelet.start_logging(exp_name=sys.argv[1], project="container", backend="mlflow")
+assert os.getpid() == 1
+with open("big.bin", "wb") as file:
+    file.truncate(200_000_000)
+exp.log_artifact("big.bin")
+for i in range(100_000):
+    exp.log_metric("loss", i, iteration=i)
+open("ready", "w").close()
+if sys.argv[2] == "term":
+    time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a PID namespace needs root here")
+@pytest.mark.parametrize(("way", "status"), [("exit", "FINISHED"), ("term", "KILLED")])
+def test_container_that_ends_with_training_delivers_before_it_ends(
+    tmp_path: Path, mlflow_server: MlflowServer, way: str, status: str
+) -> None:
+    name = f"contained-{way}"
+    script = tmp_path / "train.py"
+    script.write_text(textwrap.dedent(CONTAINED))
+    program = subprocess.Popen(
+        ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", sys.executable, str(script), name, way],
+        cwd=tmp_path,
+        env={**os.environ, "MLFLOW_TRACKING_URI": mlflow_server.uri, "TRACELET_GRACE": "120s"},
+    )
+    try:
+        if way == "term":
+            while not (tmp_path / "ready").exists():
+                assert program.poll() is None
+            (inside,) = Path(f"/proc/{program.pid}/task/{program.pid}/children").read_text().split()
+            os.kill(int(inside), signal.SIGTERM)
+        program.wait(240)
+    finally:
+        program.kill()
+        program.wait()
+    # Nothing of ours is alive any more: what is there now was delivered before the end.
+    run = run_of(mlflow_server, name, project="container")
+    assert run.info.status == status
+    assert len(rows_of(mlflow_server, run.info.run_id, "loss")) == 100_000
+    assert mlflow_server.artifacts(run.info.run_id) == {"big.bin": 200_000_000}
