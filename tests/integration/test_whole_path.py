@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import tracelet
-from tests.sinks import HttpSink
 from tests.servers import MlflowServer, rows_of, run_of, start_mlflow
+from tests.sinks import HttpSink
 
 METRICS = [f"m{n}" for n in range(10)]
 
@@ -108,7 +108,10 @@ def test_end_the_program_could_not_record_is_seen_from_outside(
         f"exp.log_metric('loss', 0.5, iteration=1)\n{last_line}\n"
     )
     subprocess.run(
-        [sys.executable, str(script)], env={**os.environ, "MLFLOW_TRACKING_URI": mlflow_server.uri}, timeout=60, check=False
+        [sys.executable, str(script)],
+        env={**os.environ, "MLFLOW_TRACKING_URI": mlflow_server.uri},
+        timeout=60,
+        check=False,
     )
     run = run_of(mlflow_server, name, status=status)
     assert run.data.metrics == {"loss": 0.5}
