@@ -155,6 +155,8 @@ class FileSet:
         old = self.segment
         if old.head() >= old.capacity:
             new = self._new_segment(old.number + 1)
+            if isinstance(new, MappedSegment):
+                new.learn(self.ids)
             self.segment, self._slots_before, self._voids_before = (
                 new,
                 self._slots_before + old.capacity,
@@ -195,6 +197,8 @@ class FileSet:
             self._next_id = metric_id + 1  # an id whose frame was interrupted is never used again
             self.frame(*name_frame(metric_id, name), time_unix_nano)
             self.ids[name] = metric_id
+            if isinstance(self.segment, MappedSegment):
+                self.segment.learn({name: metric_id})
         return metric_id
 
     def point(self, time_unix_nano: int, value: float, iteration: int, metric_id: int) -> Address:

@@ -155,7 +155,7 @@ class Writer:
         Called by a signal handler while its own thread is writing, the END follows when that write is done.
         """
         self._ended = True
-        self._fused.publish({}, None)
+        self._fused.publish(None)
         with self._lock:
             if self._end_due is None:
                 self._end_due = (kind, payload, time_unix_nano)
@@ -164,7 +164,7 @@ class Writer:
 
     def after_fork_in_child(self) -> None:
         """Leave the parent's files alone from here on; no I/O. The next record opens own ones, with role "child"."""
-        self._fused.publish({}, None)
+        self._fused.publish(None)
         for files in self._sets.values():
             files.abandoned = True
         self._inherited.extend(self._sets.values())
@@ -226,7 +226,7 @@ class Writer:
 
     def _publish(self, files: FileSet, depth: int) -> None:
         if depth == 0 and not files.abandoned and not self._ended:
-            self._fused.publish(files.ids, files.segment)
+            self._fused.publish(files.segment)
 
     def _slow(self, name: str, value: float, iteration: int, time_unix_nano: int) -> None:
         """A point that the cells of `log` can't take; refused points are counted, never raised."""
