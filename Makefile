@@ -22,12 +22,13 @@ demo: $(VENV)/.ready-demo ## train a classifier on digits, logged into MLflow's 
 test: $(VENV)/.ready-dev ## all tests
 	$(RUN) pytest $(ARGS)
 
-check: $(VENV)/.ready-dev ## format, lint, types, import rules, the docs' build
+check: $(VENV)/.ready-dev ## format, lint, types, import rules, the docs and every block in them
 	$(RUN) ruff format --check .
 	$(RUN) ruff check .
 	$(RUN) mypy
 	$(VENV)/bin/lint-imports --no-logo
 	$(RUN) mkdocs build --strict --quiet
+	$(RUN) pytest -q tests/docs
 
 format: $(VENV)/.ready-dev ## put the code into the form that `check` asks for
 	$(RUN) ruff format .
