@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/call.py
 
 Medians of several rounds of CPU time (the kernel's included), each alternating with the list. The shipper is off, so
-that what is measured is the call;`--shipper` leaves it on, as in a real run, with OTLP JSON lines as its destination.
+that what is measured is the call; `--shipper` leaves it on, as in a real run, with OTLP JSON lines as its destination.
 """
 
 from __future__ import annotations
