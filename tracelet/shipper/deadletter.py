@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ __all__ = ["DeadLetters"]
 class DeadLetters:
     """`rejected-<destination>.jsonl`: time, destination, batch, what, reason, facts.
 
-    `write` returns when the lines are on the disk. Written again after a crash (`repeat=True`), a batch's lines that
+    `write` returns when the lines are on the disk; where it raises, none of them is. Written again after a crash (`repeat=True`), a batch's lines that
     are already there are left out.
     """
 
@@ -41,10 +42,18 @@ class DeadLetters:
                 lines.append(json.dumps(line, default=str) + "\n")
         if not lines:
             return
-        with open(self.path, "ab") as file:
-            file.write("".join(lines).encode("ascii"))
-            file.flush()
-            os.fsync(file.fileno())
+        with open(self.path, "a+b", buffering=0) as file:
+            before = file.seek(0, os.SEEK_END)
+            if before and os.pread(file.fileno(), 1, before - 1) != b"\n":  # what a crash left of a line
+                lines.insert(0, "\n")
+            data = "".join(lines).encode("ascii")
+            try:
+                if file.write(data) != len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(before)  # all of it is written again
+                raise
 
     def _written_for(self, batch: int) -> set[str]:
         try:
@@ -59,9 +68,6 @@ class DeadLetters:
                 continue
             if line.get("batch") == batch:
                 found.add(_content(line))
-        if text and not text.endswith(b"\n"):
-            with open(self.path, "ab") as file:
-                file.write(b"\n")
         return found
 
 

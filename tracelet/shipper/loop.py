@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from tracelet.errors import ConfigError, IntegrationUnavailable
-from tracelet.exporters.base import Delivered, Delivery, Exporter, Refusal, Rejected, RetryLater
+from tracelet.exporters.base import Answer, Delivered, Delivery, Exporter, Refusal, Rejected, RetryLater
 from tracelet.guard import guard, logger
 from tracelet.records import RUNNING, Batch, Heartbeat, Part
 from tracelet.shipper.batches import Assembled, Gathering, assemble, empty_points
@@ -74,6 +74,8 @@ class Lane:
         self._gathered: Gathering | None = None
         self._delivery: Delivery | None = None
         self._intent: Intent | None = None
+        self._refused: tuple[Refusal, ...] | None = None  # the final answer to the batch in hand; None: none yet
+        self._lettered = False  # its dead letters are on disk
         self._resumed = False  # the batch in hand was under way when a shipper died
         self._positions: dict[str, Position] = dict(self._journal.positions)
         self._drained: set[str] = set()  # writers of which nothing is left to read, for good
@@ -199,7 +201,9 @@ class Lane:
             gathered = self._gathered = Gathering(self._reader, self._site.roster)
         now = self._clock.monotonic()
         before = gathered.slots
-        writers, limit = self._site.writers, exporter.max_points
+        # A notebook's workers come and go by the thousand: those of which nothing can come cost nothing here.
+        writers = [writer for writer in self._site.writers if writer not in self._drained]
+        limit = exporter.max_points
         # In order of appearance, but each only its share at first: one at full speed must not starve its siblings.
         greedy = []
         for index, writer in enumerate(writers):
@@ -273,14 +277,13 @@ class Lane:
     def _attempt(self, exporter: Exporter) -> float:
         assembled = self._assembled
         assert assembled is not None
-        refused: tuple[Refusal, ...] = ()
-        if self._delivery is not None:
-            answer = self._delivery.attempt()
+        if self._refused is None:
+            answer: Answer = Delivered() if self._delivery is None else self._delivery.attempt()
             if isinstance(answer, RetryLater):
                 return self._later(answer)
-            if isinstance(answer, Rejected):
-                refused = answer.items
-        self._settle(exporter, assembled, refused)
+            # Kept until it is written down: on a full disk that is tried again, and nothing is sent again for it.
+            self._refused = answer.items if isinstance(answer, Rejected) else ()
+        self._settle(exporter, assembled, self._refused)
         return 0.0
 
     def _settle(self, exporter: Exporter, assembled: Assembled, refused: tuple[Refusal, ...]) -> None:
@@ -288,7 +291,7 @@ class Lane:
         intent = self._intent
         assert intent is not None
         letters = assembled.refusals + refused
-        if letters:
+        if letters and not self._lettered:
             self._letters.write(intent.number, letters, time_unix_nano=self._clock.time_ns(), repeat=self._resumed)
             guard.limited(
                 f"refused {self.id}",
@@ -299,6 +302,7 @@ class Lane:
                 letters[0].what,
                 letters[0].reason,
             )
+            self._lettered = True
         self._remember(exporter)
         if assembled.extra:
             # Before the acknowledgement: a crash in between repeats this end, instead of making a second one.
@@ -311,8 +315,8 @@ class Lane:
             self._on_delivered(self.id, assembled, letters)
         if not self._resumed and not assembled.extra:
             self._gathered = None
-        self._assembled = self._delivery = self._intent = None
-        self._resumed = False
+        self._assembled = self._delivery = self._intent = self._refused = None
+        self._resumed = self._lettered = False
         self._positions.update(self._journal.positions)
         self.active_at = self.moved_at = self._clock.monotonic()
         self._well()

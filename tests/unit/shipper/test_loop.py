@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import resource
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +18,7 @@ from tracelet.errors import IntegrationUnavailable
 from tracelet.exporters.base import Exporter
 from tracelet.guard import guard
 from tracelet.records import FlushAsked, ParamsLogged, SpanStarted, TagsSet
+from tracelet.shipper.deadletter import DeadLetters
 from tracelet.shipper.deaths import Deaths
 from tracelet.shipper.loop import Lane
 from tracelet.shipper.retry import BackOff
@@ -308,6 +311,40 @@ def test_a_crash_after_the_dead_letter_writes_it_once(bench: Bench) -> None:
     bench.settle(bench.lane(InMemoryExporter(answers=[refused])))
     lines = (bench.folder / "rejected-memory-a.jsonl").read_bytes().splitlines()
     assert len([line for line in lines if line.endswith(b"}")]) == 1
+
+
+def test_an_answer_that_could_not_be_written_down_is_written_later_and_nothing_is_sent_again(bench: Bench) -> None:
+    exporter = InMemoryExporter(answers=[Rejected((Refusal("param", "no", {"key": "k"}),))])
+    put(bench.writer, ParamsLogged(1, {"k": "v"}))
+    lane = bench.lane(exporter)
+    acknowledge, Journal.ack = Journal.ack, _crash  # type: ignore[method-assign]
+    try:
+        for _ in range(3):
+            bench.clock.advance(bench.settle(lane))
+            assert lane.trouble is not None
+    finally:
+        Journal.ack = acknowledge  # type: ignore[method-assign]
+    bench.settle(lane)
+    assert lane.trouble is None
+    assert exporter.attempts == 1
+    assert len(bench.letters()) == 1
+    assert lane.counts == (0, 1)
+
+
+def test_a_dead_letter_that_found_no_room_leaves_no_half_line(tmp_path: Path) -> None:
+    letters = DeadLetters(tmp_path, "a")
+    letters.write(1, [Refusal("param", "no", {})], time_unix_nano=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (letters.path.stat().st_size + 10, hard))
+        with pytest.raises(OSError, match=r"space|large"):
+            letters.write(2, [Refusal("param", "no", {})], time_unix_nano=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+    letters.write(2, [Refusal("param", "no", {})], time_unix_nano=3)
+    assert [json.loads(line)["batch"] for line in letters.path.read_text().splitlines()] == [1, 2]
 
 
 def _crash(*_: object, **__: object) -> None:
