@@ -43,7 +43,7 @@ class MLflow:
 
     Without an address: MLFLOW_TRACKING_URI, else `mlflow.db` in the working folder, as MLflow itself has it.
 
-    Example:
+    Examples:
         >>> from tracelet.backends import MLflow
         >>> MLflow(tracking_uri="http://mlflow.example:5000")
         MLflow(tracking_uri='http://mlflow.example:5000')
@@ -117,7 +117,7 @@ def parse(backend: object) -> tuple[Spec, ...]:
     Raises:
         ConfigError: a name that is none (with the nearest right one), one not built yet, or another kind of object.
 
-    Example:
+    Examples:
         >>> from tracelet.backends import parse
         >>> parse("mlflow, otlp")
         (MLflow(tracking_uri=None), OTLP(endpoint=None, protocol=None))
@@ -311,7 +311,7 @@ def without_credentials(uri: str) -> str:
     Over HTTP all of `user:password@` goes (a token is often the user alone); a database's address keeps its user,
     which is part of it. Query parameters whose names sound secret go.
 
-    Example:
+    Examples:
         >>> from tracelet.backends import without_credentials
         >>> without_credentials("postgresql://ml:s3cret@db/runs"), without_credentials("https://token@host/x")
         ('postgresql://ml@db/runs', 'https://host/x')

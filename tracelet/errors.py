@@ -33,7 +33,7 @@ __all__ = [
 class TraceletError(Exception):
     """Root of everything tracelet raises on purpose; catch this to keep training whatever happens.
 
-    Example:
+    Examples:
         >>> import tracelet
         >>> issubclass(tracelet.InvalidValue, tracelet.TraceletError)
         True

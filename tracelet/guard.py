@@ -24,7 +24,7 @@ class Guard:
 
     Under test (`strict`) a fault is raised instead, so that no test passes over one.
 
-    Example:
+    Examples:
         >>> from tracelet.guard import Guard
         >>> quiet = Guard(strict=False)
         >>> with quiet("show an example"):

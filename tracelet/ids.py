@@ -40,7 +40,7 @@ def valid_run_id(text: str) -> str:
     Raises:
         ConfigError: not 1 to 128 letters, digits, '.', '_' or '-', or not beginning with a letter or digit.
 
-    Example:
+    Examples:
         >>> from tracelet.ids import valid_run_id
         >>> valid_run_id("nightly-42")
         'nightly-42'

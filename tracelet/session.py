@@ -41,7 +41,7 @@ def start_logging(
         ConfigError: a setting that can't be right; the active run, if any, goes on.
         SpoolError: the spool folder can't be used.
 
-    Example:
+    Examples:
         >>> import tracelet
         >>> exp = tracelet.start_logging(exp_name="metrics_demo", project="examples", backend="file")
         >>> exp.log_metric("loss", 0.1, iteration=100)

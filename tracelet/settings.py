@@ -87,7 +87,7 @@ def parse_duration(value: object) -> float:
     Raises:
         ValueError: anything else; the text says what would be right.
 
-    Example:
+    Examples:
         >>> from tracelet.settings import parse_duration
         >>> parse_duration("7d")
         604800.0
@@ -101,7 +101,7 @@ def parse_size(value: object) -> int:
     Raises:
         ValueError: anything else; the text says what would be right.
 
-    Example:
+    Examples:
         >>> from tracelet.settings import parse_size
         >>> parse_size("2GB")
         2000000000
@@ -436,7 +436,7 @@ def notebook_name(environ: Mapping[str, str], argv: Sequence[str]) -> str | None
 def script_name(argv: Sequence[str]) -> str:
     """The name of the program as a person would call it.
 
-    Example:
+    Examples:
         >>> from tracelet.settings import script_name
         >>> script_name(["/home/a/train.py"]), script_name(["/x/mypkg/__main__.py"]), script_name([""])
         ('train', 'mypkg', 'console')

@@ -76,7 +76,7 @@ class InMemoryExporter:
     `lost` are numbers of attempts (from 0) whose batch arrives although the answer says otherwise, as when a
     connection breaks after the server has committed.
 
-    Example:
+    Examples:
         >>> from tracelet.testing import InMemoryExporter
         >>> exporter = InMemoryExporter(max_points=100)
         >>> exporter.store.points()
@@ -157,7 +157,7 @@ class _InMemoryDelivery:
 class ManualClock:
     """A clock that moves only when it is told to: `monotonic()` in seconds, `time_ns()` in Unix nanoseconds.
 
-    Example:
+    Examples:
         >>> from tracelet.testing import ManualClock
         >>> clock = ManualClock()
         >>> before = clock.monotonic()

@@ -36,7 +36,7 @@ _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s,;\"'<>]+")
 def shown(name: str, value: str) -> str:
     """What may be printed of the variable `name`: an address without credentials, or only that it is set.
 
-    Example:
+    Examples:
         >>> from tracelet.cli.masking import shown
         >>> shown("OTEL_EXPORTER_OTLP_HEADERS", "api-key=s3cret"), shown("MLFLOW_TRACKING_TOKEN", "abc")
         ('set (api-key=***)', 'set')

@@ -13,7 +13,7 @@ def table(rows: Sequence[Sequence[str]], *, header: Sequence[str] = (), right: s
 
     `right` has an `r` for each column that is aligned to the right, as in "llr".
 
-    Example:
+    Examples:
         >>> from tracelet.cli.text import table
         >>> print(table([["loss", "1,200"], ["accuracy", "30"]], right="lr"))
         loss      1,200
@@ -39,7 +39,7 @@ def table(rows: Sequence[Sequence[str]], *, header: Sequence[str] = (), right: s
 def count(number_of: int, one: str, many: str | None = None) -> str:
     """A number and its noun.
 
-    Example:
+    Examples:
         >>> from tracelet.cli.text import count
         >>> count(1, "point"), count(12345, "point"), count(2, "entry", "entries")
         ('1 point', '12,345 points', '2 entries')
@@ -50,7 +50,7 @@ def count(number_of: int, one: str, many: str | None = None) -> str:
 def number(value: float) -> str:
     """A metric's value in at most about ten characters.
 
-    Example:
+    Examples:
         >>> from tracelet.cli.text import number
         >>> number(0.1), number(float("nan")), number(1234567.0), number(2 / 3)
         ('0.1', 'nan', '1234567', '0.666667')
@@ -61,7 +61,7 @@ def number(value: float) -> str:
 def size(number_of_bytes: float) -> str:
     """Bytes with a unit, in powers of 1000 as `TRACELET_KEEP` has them.
 
-    Example:
+    Examples:
         >>> from tracelet.cli.text import size
         >>> size(0), size(999), size(1048576), size(2_000_000_000)
         ('0 B', '999 B', '1.0 MB', '2.0 GB')
@@ -78,7 +78,7 @@ def size(number_of_bytes: float) -> str:
 def age(seconds: float) -> str:
     """How long something takes or took, in its two largest units.
 
-    Example:
+    Examples:
         >>> from tracelet.cli.text import age
         >>> age(0.4), age(75), age(7260), age(200000), age(604800)
         ('0 s', '1 min 15 s', '2 h 1 min', '2 d 7 h', '7 d')
@@ -103,7 +103,7 @@ def instant(time_unix_nano: int) -> str:
 def plain(text: object, longest: int = 60) -> str:
     """Text from elsewhere (a name, a server's words) on one line, without control characters, cut with `...`.
 
-    Example:
+    Examples:
         >>> from tracelet.cli.text import plain
         >>> plain("two\\nlines\\x1b[31m"), plain("x" * 70, 10)
         ('two lines?[31m', 'xxxxxxx...')

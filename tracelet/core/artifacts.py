@@ -97,7 +97,7 @@ def destination(path: str | os.PathLike[str]) -> str:
     Raises:
         InvalidValue: absolute, with `..`, a backslash or NUL, empty, or not UTF-8.
 
-    Example:
+    Examples:
         >>> from tracelet.core.artifacts import destination
         >>> destination("models//./epoch_10.pth")
         'models/epoch_10.pth'

@@ -41,7 +41,7 @@ class ExperimentConfig:
         shipper: `"process"`, or `"off"` and ship later with `tracelet ship`.
         keep, max_bytes, grace: see the settings page.
 
-    Example:
+    Examples:
         >>> from tracelet.core.experiment import ExperimentConfig
         >>> config = ExperimentConfig(name="baseline", project="vision", tags={"team": "ml"})
         >>> config.name
@@ -90,7 +90,7 @@ class Experiment:
     Raises:
         ConfigError: at `start()` or the first log call, for a setting that can't be right.
 
-    Example:
+    Examples:
         >>> from tracelet.core.experiment import Experiment
         >>> with Experiment("doc-example", project="docs", backend="file") as exp:
         ...     exp.log_params({"lr": 0.1, "model": {"layers": 2}})
@@ -227,7 +227,7 @@ class Experiment:
         Cost: about 0.3 us; no lock, no system call but at a segment's end.
         Durability: survives the death of this process; power loss from the next flush on.
 
-        Example:
+        Examples:
             >>> exp.log_metric("loss", 0.25, iteration=100)
         """
         self._started().writer.log(name, value, iteration)
@@ -238,7 +238,7 @@ class Experiment:
         Raises:
             InvalidValue, RunClosed: as `log_metric`.
 
-        Example:
+        Examples:
             >>> exp.log_metrics({"loss": 0.25, "accuracy": 0.9}, iteration=100)
         """
         self._started().writer.log_many(metrics, iteration)
@@ -249,7 +249,7 @@ class Experiment:
         Raises:
             InvalidValue: not an integer of 64 bits.
 
-        Example:
+        Examples:
             >>> exp.set_iteration(3)
             >>> exp.iteration
             3
@@ -276,7 +276,7 @@ class Experiment:
             InvalidValue: a key that is not text, or a mapping that contains itself. Nothing is written.
             RunClosed: after `stop()`.
 
-        Example:
+        Examples:
             >>> exp.log_params({"learning_rate": 0.001, "model": {"num_layers": 4}})
         """
         run = self._started()
@@ -290,7 +290,7 @@ class Experiment:
         Raises:
             InvalidValue, RunClosed: as `log_params`.
 
-        Example:
+        Examples:
             >>> exp.set_tags({"stage": "final"})
             >>> exp.tags["stage"]
             'final'
@@ -326,7 +326,7 @@ class Experiment:
 
         Cost: a copy and a SHA-256 of the file, on the calling thread.
 
-        Example:
+        Examples:
             >>> exp.log_artifact("model.bin", "models/epoch_10.bin")
         """
         self._started().take_artifact(path, artifact_path, copy)
@@ -339,7 +339,7 @@ class Experiment:
         With `attach=True` it also becomes the current span of OpenTelemetry's own context, so that the application's
         spans land in the run's trace. For phases and epochs, not for millions of steps.
 
-        Example:
+        Examples:
             >>> with exp.span("validate"):
             ...     exp.log_metric("val_loss", 0.3, iteration=1)
         """

@@ -205,7 +205,7 @@ def flatten_params(params: object) -> dict[str, Scalar]:
     Raises:
         InvalidValue: a key that is no name, two equal ones, or a value that holds itself.
 
-    Example:
+    Examples:
         >>> from tracelet.core.values import flatten_params
         >>> flatten_params({"model": {"layers": 2, "sizes": [64, 10]}, "seed": None})
         {'model.layers': 2, 'model.sizes': '[64, 10]', 'seed': 'None'}

@@ -30,7 +30,7 @@ __all__ = ["ConsoleExporter"]
 class ConsoleExporter:
     """Writes to `stream`, by default the standard error of the moment; serves in the training process.
 
-    Example:
+    Examples:
         >>> import io
         >>> from tracelet.exporters.console import ConsoleExporter
         >>> exporter = ConsoleExporter({}, {}, {}, stream=io.StringIO())

@@ -14,7 +14,7 @@ class BackOff:
     There is no last one: the data is in files, and an outage of a week is delivered afterwards. The random half
     keeps a hundred shippers from asking a server that has just come back all at once.
 
-    Example:
+    Examples:
         >>> from tracelet.shipper.retry import BackOff
         >>> wait = BackOff(random=lambda: 1.0)
         >>> [wait.next_s() for _ in range(9)]

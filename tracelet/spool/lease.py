@@ -94,7 +94,7 @@ def shipper_alive(folder: Path) -> int | None:
 class ShipperLock:
     """The right to ship one folder; held by one process at a time, until release or death.
 
-    Example:
+    Examples:
         >>> import tempfile, pathlib
         >>> lock = ShipperLock(pathlib.Path(tempfile.mkdtemp()))
         >>> lock.acquire()

@@ -31,7 +31,7 @@ def legal_name(name: str) -> str:
 
     The hash keeps two originals apart that would become the same, so no state and no order of arrival is needed.
 
-    Example:
+    Examples:
         >>> legal_name("train/loss"), legal_name("accuracy@5")
         ('train/loss', 'accuracy_5-aec7bbf4')
     """
@@ -56,7 +56,7 @@ _ILLEGAL_IN_PATH = re.compile("%[0-9A-Fa-f]{2}|[#\\x00-\\x1f\\x7f\ud800-\udfff]"
 def legal_path(path: str) -> str:
     """`path` itself if MLflow keeps an artifact's path as it is, else a form with 8 digits of the original's hash.
 
-    Example:
+    Examples:
         >>> legal_path("plots/loss.png"), legal_path("plots/50%25.png")
         ('plots/loss.png', 'plots/50_-757d185c.png')
     """
@@ -69,7 +69,7 @@ def legal_path(path: str) -> str:
 def text_of(value: object) -> str:
     """A param's value as MLflow's own client writes it: `str(value)`.
 
-    Example:
+    Examples:
         >>> text_of(True), text_of(0.001), text_of(float("nan"))
         ('True', '0.001', 'nan')
     """
