@@ -46,6 +46,8 @@ def run_and_leave(tmp_path: Path, spool: Path, code: str, *, check: bool = False
         ("sys.exit()", "FINISHED", 0),
         ("sys.exit(3)", "FAILED", 3),
         ("sys.exit('no data')", "FAILED", 1),
+        ("with exp.span('train'): sys.exit(3)", "FAILED", 3),
+        ("try:\n    sys.exit(3)\nfinally:\n    exp.log_params({'rescued': 1})", "FAILED", 3),
         ("raise ValueError('bad batch')", "FAILED", 1),
         ("raise KeyboardInterrupt", "KILLED", -signal.SIGINT),
         ("os.kill(os.getpid(), signal.SIGINT); import time; time.sleep(10)", "KILLED", -signal.SIGINT),
@@ -70,16 +72,45 @@ def test_uncaught_exception_is_recorded_with_its_traceback(tmp_path: Path, clean
     assert "train.py" in ended.error.stacktrace
 
 
-def test_exit_somebody_caught_is_not_the_end(tmp_path: Path, clean_environment: Path) -> None:
-    code = """
+@pytest.mark.parametrize(
+    "after", ["pass", "exp.log_metric('loss', 2.0, iteration=1)", "exp.log_params({'went': 'on'})"]
+)
+def test_exit_somebody_caught_is_not_the_end(tmp_path: Path, clean_environment: Path, after: str) -> None:
+    code = f"""
     try:
         sys.exit(3)
     except SystemExit:
         pass
-    exp.log_params({"went": "on"})
+    {after}
     """
     assert run_and_leave(tmp_path, clean_environment, code).returncode == 0
     assert read(folder_of(clean_environment)).of(WriterEnded)[0].status == "FINISHED"
+
+
+def test_exit_of_a_thread_is_not_the_end(tmp_path: Path, clean_environment: Path) -> None:
+    code = """
+    import threading
+    thread = threading.Thread(target=lambda: sys.exit(3))
+    thread.start()
+    thread.join()
+    """
+    assert run_and_leave(tmp_path, clean_environment, code).returncode == 0
+    assert read(folder_of(clean_environment)).of(WriterEnded)[0].status == "FINISHED"
+
+
+def test_own_run_of_a_forked_child_ends_as_the_child_does(tmp_path: Path, clean_environment: Path) -> None:
+    code = """
+    from tracelet.core.experiment import Experiment
+    if os.fork() == 0:
+        Experiment("own", run_id="own", backend="file").log_metric("child", 1.0, iteration=0)
+        raise ValueError("of the child alone")
+    os.wait()
+    """
+    assert run_and_leave(tmp_path, clean_environment, code).returncode == 0
+    (own,) = read(folder_of(clean_environment, "own")).of(WriterEnded)
+    assert own.status == "FAILED"
+    (parents,) = [p for p in clean_environment.glob("*/*") if p.parent.name != "own"]
+    assert [ended.status for ended in read(parents).of(WriterEnded)] == ["FINISHED"]
 
 
 def test_sys_exit_is_put_back_at_stop(tmp_path: Path, clean_environment: Path) -> None:

@@ -1,4 +1,4 @@
-"""What one process owes its runs: how many it started, what a fork, a signal and its end mean for them.
+"""What one process owes its runs: what a fork, a signal and its end mean for them.
 
 With `session`, the only module-level state of the library. The hooks are set when the first run starts and taken away
 when the last one stops, so that importing tracelet, and a program that never logs, pay and change nothing.
@@ -19,7 +19,7 @@ from typing import Any, Protocol, cast
 from tracelet.guard import guard, logger
 from tracelet.records import FAILED, FINISHED, KILLED, ErrorInfo
 
-__all__ = ["Ending", "Member", "describe", "ending_of", "enter", "forget_exit_code", "leave", "started_before"]
+__all__ = ["Ending", "Member", "describe", "ending_of", "enter", "leave"]
 
 
 class Ending:
@@ -47,33 +47,25 @@ class Member(Protocol):
 
 _members: list[Member] = []
 _lock = threading.RLock()
-_owner_pid = 0
-_starts = 0
-_exit_code: int | None = None
+_exit_code: int | None = None  # of the last sys.exit nobody caught
+_exits = 0  # how many there were; tells an exit from the one after it
 _exit: Callable[..., object] | None = None  # the sys.exit that was there before ours
 _seen_before: BaseException | None = None  # an exception that was already on record when the first run started
 _sigterm_ours = False
 _hooked = False
 
 
-def started_before() -> int:
-    """How many runs this process has started so far."""
-    return _starts
-
-
 def enter(member: Member, *, drain_on_sigterm: bool) -> None:
     """Take `member` in: from now on it hears of forks and of the end of the program."""
-    global _owner_pid, _starts, _exit, _exit_code, _seen_before
+    global _exit, _exit_code, _seen_before
     with _lock:
         _set_hooks()
         if not _members:
-            _owner_pid = os.getpid()
             _exit_code = None
             _seen_before = _last_exception()
             _exit = sys.exit
             sys.exit = cast(Any, _recording_exit)
         _members.append(member)
-        _starts += 1
         if drain_on_sigterm:
             _take_sigterm()
 
@@ -94,12 +86,6 @@ def leave(member: Member) -> None:
             if signal.getsignal(signal.SIGTERM) is _on_sigterm:
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
             _sigterm_ours = False
-
-
-def forget_exit_code() -> None:
-    """The program went on after a `sys.exit` somebody caught, so its code says nothing any more."""
-    global _exit_code
-    _exit_code = None
 
 
 def describe(error: BaseException) -> ErrorInfo:
@@ -133,22 +119,46 @@ def _set_hooks() -> None:
 
 
 def _after_fork_in_child() -> None:
-    global _lock, _owner_pid
+    global _lock
     # A thread of the parent may have held it at the fork; in the child nobody would ever let it go.
     _lock = threading.RLock()
     for member in _members:
         with guard("follow a fork"):
             member.forked()
-    _owner_pid = -1  # a child never runs its parent's ending, only says that it is gone itself
 
 
 def _recording_exit(code: object = None, /) -> object:
-    global _exit_code
-    _exit_code = _code(code)
+    global _exit_code, _exits
     exit_ = _exit
-    if exit_ is None:
-        raise SystemExit(code)
-    return exit_(code)
+    try:
+        if exit_ is None:
+            raise SystemExit(code)
+        return exit_(code)
+    except SystemExit as error:
+        if threading.current_thread() is threading.main_thread():  # elsewhere it ends that thread alone
+            _exits += 1
+            _exit_code = _code(error.code)
+            error.__dict__["_tracelet"] = _Rider(_exits)
+        raise
+
+
+class _Rider:
+    """Goes with a SystemExit, and by where it goes tells whether the program does.
+
+    Nobody caught it: the interpreter drops it when no Python code stands any more. Dropped while some does, it was
+    caught, and the program went on. What is logged in between says nothing: a `with` block that the exception leaves
+    logs its end too.
+    """
+
+    __slots__ = ("_number",)
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def __del__(self, frame: Callable[[], FrameType] = sys._getframe) -> None:
+        global _exit_code
+        if frame().f_back is not None and self._number == _exits:
+            _exit_code = None
 
 
 def _code(code: object) -> int:
@@ -167,8 +177,7 @@ def _at_exit() -> None:
     members = list(_members)
     if not members:
         return
-    # A forked child that left by sys.exit gets here too: it says that it is gone, and carries no status.
-    ending = _program_ending() if _owner_pid == os.getpid() else Ending(FINISHED, "exit")
+    ending = _program_ending()
     for member in members:
         with guard("end a run at the end of the program"):
             member.process_ends(ending)
@@ -202,10 +211,9 @@ def _take_sigterm() -> None:
 
 
 def _on_sigterm(number: int, _frame: FrameType | None) -> None:
-    if _owner_pid == os.getpid():
-        for member in list(_members):
-            with guard("drain after SIGTERM"):
-                member.process_ends(Ending(KILLED, "signal"))
+    for member in list(_members):
+        with guard("drain after SIGTERM"):
+            member.process_ends(Ending(KILLED, "signal"))
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.kill(os.getpid(), number)
     # Process 1 of a PID namespace: the kernel drops a signal at its default disposition.

@@ -81,7 +81,6 @@ class Run:
         self.ticket = ticket
         self.folder = Path(ticket.folder)
         self._role = role
-        self._owner_pid = os.getpid()
         self.closed = False
         self.refused_records = 0  # params, tags, spans, artifacts for which there was no room
         self._cannot_outlive = launch.can_outlive(ticket.environ or os.environ)
@@ -191,7 +190,6 @@ class Run:
         """
         if self.closed:
             raise self.closed_error()
-        process.forget_exit_code()
         kind, payload = codec.encode(record)
         try:
             self.writer.frame(kind, payload, time.time_ns())
@@ -379,8 +377,8 @@ class Run:
             time_unix_nano=time.time_ns(),
             status=ending.status if first else None,
             seen_by=ending.seen_by if self.outlived or ending.seen_by != "exit" else "exit-final",
-            error=ending.error,
-            exit_code=ending.exit_code,
+            error=ending.error if first else None,
+            exit_code=ending.exit_code if first else None,
         )
         kind, payload = codec.encode(record)
         self.writer.end(kind, payload, record.time_unix_nano)
