@@ -12,7 +12,8 @@ from tracelet.guard import logger
 __all__ = ["get_active_experiment", "start_logging", "stop_logging"]
 
 _active: Experiment | None = None
-_lock = threading.Lock()
+# Re-entrant: a signal handler that calls stop_logging() may interrupt a start_logging() of its own thread.
+_lock = threading.RLock()
 
 
 def start_logging(

@@ -14,8 +14,8 @@ from typing import Any
 from tracelet import backends, settings
 from tracelet.core import process, spans, values
 from tracelet.core.process import Ending
-from tracelet.core.run import Run, Stats, Ticket
-from tracelet.errors import ConfigError, InvalidValue, RunClosed
+from tracelet.core.run import Run, Stats, Ticket, closed_error
+from tracelet.errors import ConfigError, InvalidValue
 from tracelet.guard import logger
 from tracelet.records import FAILED, FINISHED, KILLED, ParamsLogged, Scalar, TagsSet
 
@@ -117,6 +117,8 @@ class Experiment:
         max_bytes: int | str | None = None,
         grace: float | str | None = None,
     ) -> None:
+        if config is not None and not isinstance(config, ExperimentConfig):
+            raise ConfigError(f"config has to be an ExperimentConfig, not {type(config).__name__}", setting="config")
         self.config = ExperimentConfig() if config is None else config
         self._arguments: dict[str, object] = {
             "experiment_name": name,
@@ -130,9 +132,10 @@ class Experiment:
             "max_bytes": max_bytes,
             "grace": grace,
         }
-        self._tags = values.check_tags({**self.config.tags, **(tags or {})})
+        self._tags = values.check_tags(self.config.tags or {}) | values.check_tags(tags or {})
         self._run: Run | None = None
         self._ticket: Ticket | None = None  # of an experiment that came here pickled
+        self._was_closed = False  # before it was pickled
         self._first_iteration: int | None = None  # set before the start
 
     # ---- life ---------------------------------------------------------------------------------------------------
@@ -150,18 +153,23 @@ class Experiment:
 
         Cost: about 10 ms, most of it the start of the shipper process.
         """
-        if self._run is not None:
-            if self._run.closed:
+        with process.starting():
+            if self._run is None:
+                self._begin()
+            elif self._run.closed:
                 raise self._run.closed_error()
-            return self
-        if self._ticket is not None:
-            run = Run.join(self._ticket)
-        else:
-            resolved, chosen = self.check()
-            run = Run.begin(resolved, destinations=chosen.destinations, secrets=chosen.secrets, tags=self._tags)
-            logger.info("run %s (%s): %s", run.ticket.run_id, resolved.experiment_name, chosen.why)
-        self._adopt(run)
         return self
+
+    def _begin(self) -> None:
+        if self._ticket is not None:
+            if self._was_closed:
+                raise closed_error(self._ticket.run_id)
+            self._adopt(Run.join(self._ticket))
+            return
+        resolved, chosen = self.check()
+        run = Run.begin(resolved, destinations=chosen.destinations, secrets=chosen.secrets, tags=self._tags)
+        self._adopt(run)
+        logger.info("run %s (%s): %s", run.ticket.run_id, resolved.experiment_name, chosen.why)
 
     def check(self) -> tuple[settings.Settings, backends.Chosen]:
         """Read the settings and choose the destinations, without starting anything.
@@ -180,8 +188,9 @@ class Experiment:
         self._ticket = run.ticket
         if self._first_iteration is not None:
             run.writer.set_iteration(self._first_iteration)
-        # The pen's one closure itself, not a method around it: a call more would cost a third of the price.
-        self.log_metric = run.writer.log  # type: ignore[method-assign]
+        if type(self).log_metric is Experiment.log_metric:  # a subclass's own stays
+            # The pen's one closure itself, not a method around it: a call more would cost a third of the price.
+            self.log_metric = run.writer.log  # type: ignore[method-assign]
 
     def stop(self, status: str | None = None, *, timeout: float | None = None) -> None:
         """End the run as FINISHED, or as `status` ("FAILED", "KILLED"), and let it be delivered.
@@ -350,7 +359,7 @@ class Experiment:
     @property
     def id(self) -> str:
         """The run's id; starts the run if it has not begun."""
-        return self._started(closed=True).ticket.run_id
+        return (self._ticket or self._started().ticket).run_id
 
     @property
     def running(self) -> bool:
@@ -413,33 +422,31 @@ class Experiment:
 
     def __getstate__(self) -> dict[str, Any]:
         """An experiment that is handed to another process begins, so that both write into the same attempt."""
-        run = self._started(closed=True)
+        if self._ticket is None:
+            self.start()
+        assert self._ticket is not None
         return {
             "config": self.config,
-            "ticket": run.ticket.without_secrets(),
+            "ticket": self._ticket.without_secrets(),
             "tags": self._tags,
-            "iteration": run.writer.iteration,
-            "closed": run.closed,
+            "iteration": self.iteration,
+            "closed": self._was_closed or (self._run is not None and self._run.closed),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if state["closed"]:
-            raise RunClosed(
-                f"run {state['ticket'].run_id} was stopped before it was handed to this process;"
-                f" resume it with run_id={state['ticket'].run_id!r}"
-            )
         self.config = state["config"]
         self._arguments = {}
         self._tags = state["tags"]
         self._run = None
         self._ticket = state["ticket"]
+        self._was_closed = state["closed"]  # refused when something is logged: a checkpoint that holds it has to load
         self._first_iteration = state["iteration"] or None
 
     def __repr__(self) -> str:
-        if self._run is None:
+        if self._ticket is None:
             return f"<Experiment {self._arguments.get('experiment_name') or self.config.name or ''!r}, not started>"
-        word = "stopped" if self._run.closed else "running"
-        return f"<Experiment run {self._run.ticket.run_id}, {word}>"
+        stopped = self._was_closed if self._run is None else self._run.closed
+        return f"<Experiment run {self._ticket.run_id}, {'stopped' if stopped else 'running'}>"
 
 
 def _checked_status(status: str | None) -> str:

@@ -19,7 +19,7 @@ from typing import Any, Protocol, cast
 from tracelet.guard import guard, logger
 from tracelet.records import FAILED, FINISHED, KILLED, ErrorInfo
 
-__all__ = ["Ending", "Member", "describe", "ending_of", "enter", "leave"]
+__all__ = ["Ending", "Member", "describe", "ending_of", "enter", "leave", "starting"]
 
 
 class Ending:
@@ -53,6 +53,12 @@ _exit: Callable[..., object] | None = None  # the sys.exit that was there before
 _seen_before: BaseException | None = None  # an exception that was already on record when the first run started
 _sigterm_ours = False
 _hooked = False
+
+
+def starting() -> threading.RLock:
+    """The lock under which a run starts, so that threads which log first at once start one run; follows a fork."""
+    _set_hooks()
+    return _lock
 
 
 def enter(member: Member, *, drain_on_sigterm: bool) -> None:

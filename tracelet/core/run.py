@@ -31,7 +31,7 @@ from tracelet.spool import lease, store
 from tracelet.spool.cursor import Progress
 from tracelet.spool.writer import Writer
 
-__all__ = ["Run", "Stats", "Ticket"]
+__all__ = ["Run", "Stats", "Ticket", "closed_error"]
 
 POLL_S = 0.02  # how often a waiting caller looks at the journals
 OUTLIVED_WAIT_S = 2.0  # stop() and exit, where the shipper goes on by itself
@@ -233,11 +233,7 @@ class Run:
 
     def closed_error(self) -> RunClosed:
         """What a call on the stopped run raises."""
-        return RunClosed(
-            f"run {self.ticket.run_id} has been stopped; to add to it, start it again with"
-            f" run_id={self.ticket.run_id!r}",
-            run_id=self.ticket.run_id,
-        )
+        return closed_error(self.ticket.run_id)
 
     # ---- delivery -----------------------------------------------------------------------------------------------
 
@@ -444,6 +440,13 @@ class Run:
     def process_ends(self, ending: Ending) -> None:
         """The program is over without `stop()`."""
         self.end(ending)
+
+
+def closed_error(run_id: str) -> RunClosed:
+    """What a call on a stopped run raises."""
+    return RunClosed(
+        f"run {run_id} has been stopped; to add to it, start it again with run_id={run_id!r}", run_id=run_id
+    )
 
 
 def _name_frame(metric_id: int, name: str) -> tuple[int, bytes]:

@@ -334,6 +334,76 @@ def test_16_threads_lose_and_mix_nothing(spool: Path) -> None:
         assert found.values(f"m{n}") == [(i, float(n * each + i)) for i in range(each)]
 
 
+def test_threads_that_log_first_at_once_start_one_run(spool: Path) -> None:
+    exp = Experiment("one", backend="file")
+    together = threading.Barrier(16)
+
+    def log_first(number: int) -> None:
+        together.wait()
+        exp.log_metric("x", number, iteration=number)
+
+    threads = [threading.Thread(target=log_first, args=(n,)) for n in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    exp.stop()
+    assert sorted(read(folder_of(spool)).values("x")) == [(n, float(n)) for n in range(16)]
+
+
+def test_log_metric_of_a_subclass_is_called_after_the_start_too(spool: Path) -> None:
+    class Doubling(Experiment):
+        def log_metric(self, name: str, value: float, iteration: int | None = None) -> None:
+            super().log_metric(name, 2 * value, iteration)
+
+    with Doubling("subclass", backend="file") as exp:
+        exp.log_metric("x", 1.0, iteration=0)
+        exp.log_metric("x", 2.0, iteration=1)
+    assert read(folder_of(spool)).values("x") == [(0, 2.0), (1, 4.0)]
+
+
+def test_stopped_experiment_unpickles_and_refuses_what_is_logged(spool: Path) -> None:
+    with Experiment("in a checkpoint", backend="file") as exp:
+        exp.log_metric("x", 1.0, iteration=0)
+    loaded = pickle.loads(pickle.dumps(exp))
+    assert (loaded.id, loaded.running) == (exp.id, False)
+    assert "stopped" in repr(loaded)
+    with pytest.raises(tracelet.RunClosed, match=f"run_id='{exp.id}'"):
+        loaded.log_metric("x", 2.0, iteration=1)
+    assert pickle.loads(pickle.dumps(loaded)).id == exp.id
+
+
+def test_stop_logging_in_the_middle_of_start_logging_does_not_wait_for_itself(spool: Path) -> None:
+    class Interrupts(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            tracelet.stop_logging()  # as a signal handler would
+
+    handler = Interrupts()
+    logger = logging.getLogger("tracelet")
+    tracelet.start_logging("first", backend="file")
+    logger.addHandler(handler)
+    try:
+        thread = threading.Thread(target=tracelet.start_logging, args=("second", None, "file"), daemon=True)
+        thread.start()  # it warns of the first run
+        thread.join(30)
+        assert not thread.is_alive()
+    finally:
+        logger.removeHandler(handler)
+        tracelet.stop_logging()
+
+
+@pytest.mark.parametrize("tags", ["text", ["a"], {"a": None}])
+def test_tags_that_are_no_dict_of_values_are_refused_by_name(spool: Path, tags: object) -> None:
+    with pytest.raises(tracelet.InvalidValue, match="tag"):
+        Experiment("tags", tags=tags)  # type: ignore[arg-type]
+
+
+def test_config_of_another_kind_is_refused_and_tags_of_none_are_not_given(spool: Path) -> None:
+    with pytest.raises(tracelet.ConfigError, match="ExperimentConfig, not dict"):
+        Experiment("wrong", config={"name": "x"})  # type: ignore[arg-type]
+    assert Experiment("none", ExperimentConfig(tags=None)).tags == {}  # type: ignore[arg-type]
+
+
 def test_two_experiments_at_once_keep_their_points_apart(spool: Path) -> None:
     a, b = Experiment("a", backend="file"), Experiment("b", backend="file")
     for i in range(10):
