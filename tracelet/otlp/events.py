@@ -57,7 +57,9 @@ def events_of(
     """The log events of one record, in the order in which they are to be read."""
     if isinstance(record, RunStarted):
         body = f"run {record.run_name} of {run.project} / {run.experiment_name} started"
-        values: Mapping[str, Scalar] = record.environment
+        # With the tags, whoever reads OTLP alone can make a run in MLflow that looks native.
+        own_tags = {semconv.MLFLOW_TAG_PREFIX + key: value for key, value in record.mlflow_tags.items()}
+        values: Mapping[str, Scalar] = {**record.environment, **own_tags}
         return _events(semconv.EVENT_STARTED, record.time_unix_nano, values, body, where)
     if isinstance(record, ParamsLogged):
         values = {semconv.PARAM_PREFIX + key: value for key, value in record.params.items()}

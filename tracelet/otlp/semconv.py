@@ -59,6 +59,7 @@ EVENT_PARTS = "tracelet.event.parts"
 # ---- params, tags, and values that are too long for an attribute ------------------------------------------------
 PARAM_PREFIX = "tracelet.param."
 TAG_PREFIX = "tracelet.tag."
+MLFLOW_TAG_PREFIX = "tracelet.mlflow.tag."  # + a tag that MLflow's own client would have set (user, source, commit)
 DIGEST_PREFIX = "tracelet.digest."  # + the attribute's name without "tracelet.": sha256 of the whole value
 CHUNK_KEY = "tracelet.chunk.key"  # the attribute whose value the body is a piece of
 CHUNK_INDEX = "tracelet.chunk.index"  # int from 1
