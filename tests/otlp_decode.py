@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -60,6 +60,9 @@ class Attempt:
     ended: dict[str, Any] = field(default_factory=dict)
     end: int | None = None
     phases: dict[str, Phase] = field(default_factory=dict)
+    long: dict[tuple[str, str], str] = field(
+        default_factory=dict
+    )  # span id, attribute -> what the span has no room for
     root_params: dict[str, Any] = field(default_factory=dict)
     root_tags: dict[str, Any] = field(default_factory=dict)
     links: list[tuple[str, str]] = field(default_factory=list)
@@ -94,6 +97,7 @@ def decode(requests: Iterable[tuple[str, Any]]) -> dict[str, Attempt]:
                 _span(attempt, span)
     for attempt in by_key.values():
         _events(attempt, [r for r in _records(requests) if traces.get(r.trace_id.hex()) is attempt])
+        attempt.phases = {span_id: _whole(attempt, phase) for span_id, phase in attempt.phases.items()}
     return traces
 
 
@@ -161,6 +165,18 @@ def _span(attempt: Attempt, span: Any) -> None:
         attempt.links = [(link.trace_id.hex(), link.span_id.hex()) for link in span.links]
 
 
+def _whole(attempt: Attempt, phase: Phase) -> Phase:
+    """The span with the long texts that came in log events."""
+    long = {key: text for (span_id, key), text in attempt.long.items() if span_id == phase.span_id}
+    own = {k: v for k, v in phase.attributes if not k.startswith("tracelet.digest.")}
+    exception = phase.exception
+    if exception is not None:
+        names = ("exception.type", "exception.message", "exception.stacktrace")
+        first, second, third = (long.pop(name, text) for name, text in zip(names, exception, strict=True))
+        exception = (first, second, third)
+    return replace(phase, attributes=tuple(sorted({**own, **long}.items())), exception=exception)
+
+
 def _events(attempt: Attempt, records: list[Any]) -> None:
     """Events in order; a value in chunks follows the event that has its beginning."""
     pieces: dict[tuple[str, str], list[str]] = {}
@@ -192,6 +208,8 @@ def _take(attempt: Attempt, record: Any, values: dict[str, Any]) -> None:
     elif record.event_name == "tracelet.run.ended":
         attempt.ended |= values
         attempt.end = record.time_unix_nano
+    elif record.event_name == "tracelet.span":
+        attempt.long |= {(record.span_id.hex(), key): value for key, value in values.items()}
     elif record.event_name == "tracelet.artifact":
         digest = values.get("tracelet.artifact.digest")
         attempt.artifacts.append(

@@ -66,8 +66,8 @@ class FileExporter:
         try:
             with self.locked() as file:
                 if file is not None:
-                    append(file, [json_line(heartbeat_load(batch, heartbeat)).encode()])
-                    self._ledger.beat = max(self._ledger.beat, heartbeat.time_unix_nano)
+                    append(file, [json_line(heartbeat_load(batch, heartbeat, self._ledger)).encode()])
+                    self._ledger.beaten(heartbeat)
         except OSError:
             pass  # best effort; a batch that meets the same trouble says so
 
@@ -76,8 +76,7 @@ class FileExporter:
 
     def through(self, planned: Plan) -> None:
         """The batch is on disk."""
-        planned.after.beat = max(planned.after.beat, self._ledger.beat)
-        self._ledger = planned.after
+        self._ledger = self._ledger.after(planned)
 
     @property
     def path(self) -> Path:

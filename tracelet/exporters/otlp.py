@@ -68,8 +68,8 @@ class OTLPExporter:
         """Send the run's state, once."""
         if "metrics" not in self._signals:
             return
-        if self._send("metrics", heartbeat_load(batch, heartbeat).encode()).kind == "accepted":
-            self._ledger.beat = max(self._ledger.beat, heartbeat.time_unix_nano)
+        if self._send("metrics", heartbeat_load(batch, heartbeat, self._ledger).encode()).kind == "accepted":
+            self._ledger.beaten(heartbeat)
 
     def close(self) -> None:
         """Let the connections go."""
@@ -77,9 +77,7 @@ class OTLPExporter:
             self._drop(signal)
 
     def _through(self, planned: Plan) -> None:
-        # A heartbeat may have gone out between the batch's attempts.
-        planned.after.beat = max(planned.after.beat, self._ledger.beat)
-        self._ledger = planned.after
+        self._ledger = self._ledger.after(planned)
 
     def _send(self, signal: str, body: bytes) -> Reply:
         sender = self._senders.get(signal)

@@ -20,7 +20,7 @@ from tracelet.records import FINISHED, ArtifactLogged, AttemptEnded, ParamsLogge
 if TYPE_CHECKING:
     from opentelemetry.proto.logs.v1.logs_pb2 import LogRecord
 
-__all__ = ["Position", "digest_of", "events_of", "shortened"]
+__all__ = ["Position", "digest_name", "digest_of", "events_of", "in_pieces", "is_long", "shortened"]
 
 _BODY_CHARACTERS = 1_000
 
@@ -38,6 +38,11 @@ def digest_of(value: str) -> str:
     return "sha256:" + hashlib.sha256(wire_text(value).encode()).hexdigest()
 
 
+def digest_name(name: str) -> str:
+    """The attribute that holds the digest of attribute `name`."""
+    return semconv.DIGEST_PREFIX + name.removeprefix("tracelet.")
+
+
 def is_long(value: Scalar, limit: int = semconv.VALUE_MAX_BYTES) -> bool:
     """Whether a value is too long for an attribute (`limit` bytes of UTF-8)."""
     return isinstance(value, str) and len(value) * 4 > limit and len(wire_text(value).encode()) > limit
@@ -47,7 +52,7 @@ def shortened(name: str, value: str) -> dict[str, Scalar]:
     """The two attributes that stand for a value too long for one: its beginning, and the digest of the whole."""
     return {
         name: value[: semconv.VALUE_KEPT_CHARACTERS],
-        semconv.DIGEST_PREFIX + name.removeprefix("tracelet."): digest_of(value),
+        digest_name(name): digest_of(value),
     }
 
 
@@ -130,7 +135,15 @@ def _events(
         )
         text = f"{body} {_listed(group)}" if list_values else body
         out.append(_event(name, time_unix_nano, numbered | group, _cut(text), where, failed=failed))
-    for key, value in long.items():
+    return out + in_pieces(name, time_unix_nano, long, where, failed=failed)
+
+
+def in_pieces(
+    name: str, time_unix_nano: int, values: Mapping[str, str], where: Position, *, failed: bool = False
+) -> list[LogRecord]:
+    """Events that hold texts too long for an attribute, each whole, in the order of its pieces."""
+    out = []
+    for key, value in values.items():
         pieces = list(_chunks(value))
         for index, piece in enumerate(pieces, 1):
             chunk: dict[str, Scalar] = {

@@ -15,12 +15,13 @@ from typing import Any
 from tracelet import codec, ids
 from tracelet.otlp import run_metrics, semconv
 from tracelet.otlp.encode import EventsLoad, Load, MetricsLoad, PointsLoad, ResourceBytes, SpansLoad, resource_bytes
-from tracelet.otlp.events import Position, events_of
-from tracelet.otlp.spans import ended_span, final_spans
+from tracelet.otlp.events import Position, events_of, in_pieces
+from tracelet.otlp.spans import ended_span, final_spans, too_long
 from tracelet.records import (
     ArtifactLogged,
     AttemptEnded,
     Batch,
+    ErrorInfo,
     Heartbeat,
     ParamsLogged,
     Part,
@@ -48,6 +49,7 @@ class Ledger:
     open_spans: dict[str, dict[str, Any]] = field(default_factory=dict)  # span id -> fields of its SpanStarted
     nonfinite: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)  # instance -> key -> total, last ns
     beat: int = 0  # time of the last heartbeat sent
+    told: dict[str, str] = field(default_factory=dict)  # destination id -> the run's id there, as that heartbeat had it
 
     @classmethod
     def from_json(cls, memory: Mapping[str, Any]) -> Ledger:
@@ -62,6 +64,7 @@ class Ledger:
                 for instance, keys in memory.get("nonfinite", {}).items()
             },
             beat=memory.get("beat", 0),
+            told=dict(memory.get("told", {})),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -75,7 +78,20 @@ class Ledger:
                 instance: {key: list(pair) for key, pair in keys.items()} for instance, keys in self.nonfinite.items()
             },
             "beat": self.beat,
+            "told": dict(self.told),
         }
+
+    def beaten(self, heartbeat: Heartbeat) -> None:
+        """This heartbeat has been sent."""
+        if heartbeat.time_unix_nano > self.beat:
+            self.beat, self.told = heartbeat.time_unix_nano, dict(heartbeat.backend_ids)
+
+    def after(self, planned: Plan) -> Ledger:
+        """The ledger once a plan is through; a heartbeat may have been sent since the plan was made."""
+        new = planned.after.copy()
+        if self.beat > new.beat:
+            new.beat, new.told = self.beat, self.told
+        return new
 
     def copy(self) -> Ledger:
         """A ledger that can change without this one."""
@@ -98,11 +114,12 @@ def plan(batch: Batch, ledger: Ledger, note: Mapping[str, Any] | None = None) ->
     return Plan(tuple(loads), work.note, work.ledger)
 
 
-def heartbeat_load(batch: Batch, heartbeat: Heartbeat) -> MetricsLoad:
-    """The run's state now."""
+def heartbeat_load(batch: Batch, heartbeat: Heartbeat, ledger: Ledger) -> MetricsLoad:
+    """The run's state now, after the heartbeats that `ledger` knows of."""
     opened = batch.parts[0].opened
+    told = ledger.told if ledger.beat else None
     return MetricsLoad(
-        resource_bytes(opened.resource), tuple(run_metrics.heartbeat_metrics(batch.run, opened, heartbeat))
+        resource_bytes(opened.resource), tuple(run_metrics.heartbeat_metrics(batch.run, opened, heartbeat, told))
     )
 
 
@@ -137,16 +154,17 @@ class _Work:
             if isinstance(record, (RunStarted, ParamsLogged, TagsSet, ArtifactLogged, AttemptEnded))
             for event in events_of(record, self.run, where)
         ]
+        spans = [span for record in part.records for span in self._spans(opened, record, events)]
         if events:
             yield EventsLoad(resource, tuple(events))
-        spans = [span for record in part.records for span in self._spans(opened, record)]
         if spans:
             yield SpansLoad(resource, tuple(spans))
         for record in part.records:
             if isinstance(record, AttemptEnded):
                 yield from self._ended(resource, opened, record)
 
-    def _spans(self, opened: WriterOpened, record: Record) -> Iterator[Any]:
+    def _spans(self, opened: WriterOpened, record: Record, events: list[Any]) -> Iterator[Any]:
+        """The spans that `record` lets out; what they have no room for is appended to `events`."""
         if isinstance(record, RunStarted) and record.traceparent:
             self.ledger.traceparents[opened.attempt_key] = record.traceparent
         elif isinstance(record, SpanStarted):
@@ -158,11 +176,18 @@ class _Work:
             if begun is None:  # its start was lost with a damaged frame: nothing could be sent but a bare id
                 return
             self.note.setdefault("open_spans", {})[record.span_id] = begun
-            yield ended_span(self.run, opened, SpanStarted(**begun), record.end_unix_nano, record.error)
+            start = SpanStarted(**begun)
+            events += self._pieces(opened, start, record.error, record.end_unix_nano)
+            yield ended_span(self.run, opened, start, record.end_unix_nano, record.error)
         elif isinstance(record, AttemptEnded):
             for phase in record.open_spans:
                 self.ledger.open_spans.pop(phase.span_id, None)
+                events += self._pieces(opened, phase, None, record.end_unix_nano)
             yield from final_spans(self.run, opened, record, self.ledger.traceparents.get(opened.attempt_key))
+
+    def _pieces(self, opened: WriterOpened, start: SpanStarted, error: ErrorInfo | None, time: int) -> list[Any]:
+        where = Position(ids.trace_id(self.run.run_id, opened.attempt_key), start.span_id)
+        return in_pieces(semconv.EVENT_SPAN, time, too_long(start, error), where, failed=error is not None)
 
     def _nonfinite(self, instance: str, opened: WriterOpened, points: PointBatch) -> list[Any]:
         total_of_all = sum(points.values)
@@ -189,6 +214,8 @@ class _Work:
         own = []
         if ended.newest:
             own += run_metrics.status(time, ended.status)
+        elif self.note["beat"]:
+            own += run_metrics.status_ended(time)
         if self.note["beat"]:
             names = (semconv.RUN_HEARTBEAT, semconv.LAST_ITERATION_TIME)
             own += run_metrics.end_markers((name, time) for name in names)
@@ -202,6 +229,10 @@ class _Work:
             markers = run_metrics.end_markers(names_and_times)
             if markers:
                 yield MetricsLoad(resource_bytes(attributes), tuple(markers), semconv.SCOPE)
+            counted = self.ledger.nonfinite.get(instance, {})
+            if counted:
+                counters = (run_metrics.nonfinite_ended(key, last) for key, (_, last) in counted.items())
+                yield MetricsLoad(resource_bytes(attributes), tuple(counters))
 
 
 def _instance(opened: WriterOpened) -> str:

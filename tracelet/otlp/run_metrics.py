@@ -14,7 +14,16 @@ from tracelet.records import Heartbeat, RunInfo, Scalar, WriterOpened
 if TYPE_CHECKING:
     from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric
 
-__all__ = ["MILLISECOND", "end_marker", "heartbeat_metrics", "nonfinite", "status"]
+__all__ = [
+    "MILLISECOND",
+    "end_marker",
+    "end_markers",
+    "heartbeat_metrics",
+    "nonfinite",
+    "nonfinite_ended",
+    "status",
+    "status_ended",
+]
 
 MILLISECOND = 1_000_000  # Prometheus tells two points of a series apart only from here on
 _NO_RECORDED_VALUE = 1  # DataPointFlags.FLAG_NO_RECORDED_VALUE
@@ -34,9 +43,34 @@ def status(time: int, state: str) -> list[Metric]:
     ]
 
 
-def heartbeat_metrics(run: RunInfo, opened: WriterOpened, heartbeat: Heartbeat) -> list[Metric]:
-    """What is sent again every 30 s, since Prometheus forgets a series after 5 minutes."""
+def status_ended(time: int) -> list[Metric]:
+    """The end of `tracelet.run.status` where another attempt has the word."""
+    return [_ended(semconv.RUN_STATUS, time, {semconv.STATE: each}) for each in semconv.STATES]
+
+
+def heartbeat_metrics(
+    run: RunInfo, opened: WriterOpened, heartbeat: Heartbeat, told: Mapping[str, str] | None = None
+) -> list[Metric]:
+    """What is sent again every 30 s, since Prometheus forgets a series after 5 minutes.
+
+    `told`: the backend ids of the heartbeat before, None if this is the first. Where they were others, that info's
+    series gets its end, since two of them side by side would make every join on the run fail for 5 minutes.
+    """
     time = heartbeat.time_unix_nano
+    info = _info(run, opened, heartbeat.backend_ids)
+    metrics = [
+        _gauge(semconv.RUN_INFO, time, 1.0, values=info),
+        *status(time, heartbeat.state),
+        _gauge(semconv.RUN_HEARTBEAT, time, time / 1e9, "s"),
+    ]
+    if told is not None and (before := _info(run, opened, told)) != info:
+        metrics.append(_ended(semconv.RUN_INFO, time, before))
+    if heartbeat.last_iteration_unix_nano is not None:
+        metrics.append(_gauge(semconv.LAST_ITERATION_TIME, time, heartbeat.last_iteration_unix_nano / 1e9, "s"))
+    return metrics
+
+
+def _info(run: RunInfo, opened: WriterOpened, backend_ids: Mapping[str, str]) -> dict[str, Scalar]:
     info: dict[str, Scalar] = {
         semconv.PROJECT: run.project,
         semconv.EXPERIMENT_NAME: run.experiment_name,
@@ -46,17 +80,10 @@ def heartbeat_metrics(run: RunInfo, opened: WriterOpened, heartbeat: Heartbeat) 
         semconv.HOST_NAME: opened.resource.get(semconv.HOST_NAME, ""),
         semconv.TRACE_ID: ids.trace_id(run.run_id, opened.attempt_key),
     }
-    for destination, run_id in heartbeat.backend_ids.items():
+    for destination, run_id in backend_ids.items():
         if destination.startswith("mlflow"):
             info[semconv.MLFLOW_RUN_ID] = run_id
-    metrics = [
-        _gauge(semconv.RUN_INFO, time, 1.0, values=info),
-        *status(time, heartbeat.state),
-        _gauge(semconv.RUN_HEARTBEAT, time, time / 1e9, "s"),
-    ]
-    if heartbeat.last_iteration_unix_nano is not None:
-        metrics.append(_gauge(semconv.LAST_ITERATION_TIME, time, heartbeat.last_iteration_unix_nano / 1e9, "s"))
-    return metrics
+    return info
 
 
 def nonfinite(key: str, start: int, time: int, total: int) -> Metric:
@@ -76,12 +103,26 @@ def nonfinite(key: str, start: int, time: int, total: int) -> Metric:
     )
 
 
+def nonfinite_ended(key: str, last: int) -> Metric:
+    """The end of that counter for metric `key`."""
+    metric = nonfinite(key, 0, last + MILLISECOND, 0)
+    (point,) = metric.sum.data_points
+    point.ClearField("start_time_unix_nano")
+    point.ClearField("as_int")
+    point.flags = _NO_RECORDED_VALUE
+    return metric
+
+
 def end_marker(name: str, last: int) -> Metric:
     """The point that says a series has ended: dashboards and alerts stop at once instead of after 5 minutes."""
+    return _ended(wire_text(name), last + MILLISECOND)
+
+
+def _ended(name: str, time: int, values: Mapping[str, Scalar] | None = None) -> Metric:
     from opentelemetry.proto.metrics.v1.metrics_pb2 import Gauge, Metric, NumberDataPoint
 
-    point = NumberDataPoint(time_unix_nano=last + MILLISECOND, flags=_NO_RECORDED_VALUE)
-    return Metric(name=wire_text(name), gauge=Gauge(data_points=[point]))
+    point = NumberDataPoint(time_unix_nano=time, flags=_NO_RECORDED_VALUE, attributes=attributes(values or {}))
+    return Metric(name=name, gauge=Gauge(data_points=[point]))
 
 
 def end_markers(series: Iterable[tuple[str, int]]) -> list[Metric]:

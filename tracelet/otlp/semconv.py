@@ -52,6 +52,7 @@ EVENT_ENDED = "tracelet.run.ended"
 EVENT_PARAMS = "tracelet.params"
 EVENT_TAGS = "tracelet.tags"
 EVENT_ARTIFACT = "tracelet.artifact"
+EVENT_SPAN = "tracelet.span"  # only in pieces: what a phase's span has no room for
 
 EVENT_PART = "tracelet.event.part"  # int from 1, where one record became several events
 EVENT_PARTS = "tracelet.event.parts"
@@ -92,3 +93,5 @@ CHUNK_MAX_BYTES = 32_000
 REQUEST_MAX_BYTES = 900_000
 SPAN_PARAMS_MAX_BYTES = 256_000  # beyond it a param stands on the root span as its beginning and its digest
 SPAN_PARAMS_CUT_MAX_BYTES = 600_000  # beyond it not at all, and is counted
+EXCEPTION_MAX_BYTES = 64_000  # of each text of an exception on a span; with all params it still fits a request
+EXCEPTION_KEPT_CHARACTERS = 8_000

@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Any
 from tracelet import ids
 from tracelet.otlp import semconv
 from tracelet.otlp.encode_points import wire_text
-from tracelet.otlp.events import digest_of, error_type, is_long, shortened
+from tracelet.otlp.events import digest_name, digest_of, error_type, is_long, shortened
 from tracelet.records import FINISHED, AttemptEnded, ErrorInfo, RunInfo, Scalar, SpanStarted, WriterOpened
 
 if TYPE_CHECKING:
     from opentelemetry.proto.trace.v1.trace_pb2 import Span
     from opentelemetry.trace import Link, SpanContext
 
-__all__ = ["ended_span", "final_spans"]
+__all__ = ["ended_span", "final_spans", "too_long"]
 
 _INT64_TEXT_LIMIT = 2**63
+_ERROR_TYPE_CHARACTERS = 1_000  # a class's name; the exception beside it has the whole
 
 
 def ended_span(run: RunInfo, opened: WriterOpened, start: SpanStarted, end: int, error: ErrorInfo | None) -> Span:
@@ -32,7 +33,7 @@ def ended_span(run: RunInfo, opened: WriterOpened, start: SpanStarted, end: int,
         span_id=start.span_id,
         parent=start.parent_span_id,
         times=(start.start_unix_nano, end),
-        values=start.attributes,
+        values=_params(start.attributes),
         error=error,
         error_type=None if error is None else error.type,
     )
@@ -50,7 +51,7 @@ def final_spans(run: RunInfo, opened: WriterOpened, ended: AttemptEnded, tracepa
             span_id=phase.span_id,
             parent=phase.parent_span_id,
             times=(phase.start_unix_nano, max(ended.end_unix_nano, phase.start_unix_nano)),
-            values=phase.attributes,
+            values=_params(phase.attributes),
             # Even in a run that finished, a phase without an end went wrong somewhere.
             error_type=kind or "unfinished",
         )
@@ -77,8 +78,18 @@ def final_spans(run: RunInfo, opened: WriterOpened, ended: AttemptEnded, tracepa
     return spans
 
 
+def too_long(start: SpanStarted, error: ErrorInfo | None) -> dict[str, str]:
+    """What of a phase does not stand on its span whole, by attribute; log events have it."""
+    on_span = _params(start.attributes)
+    texts = {key: value if isinstance(value, str) else str(value) for key, value in start.attributes.items()}
+    lost = {k: text for k, text in texts.items() if k not in on_span or digest_name(k) in on_span}
+    if error is not None:
+        lost |= {key: text for key, text in _exception_texts(error).items() if _is_cut(text)}
+    return lost
+
+
 def _params(params: Mapping[str, Scalar]) -> dict[str, Scalar]:
-    """Params (or tags) as attributes: whole up to 256 kB in all, then their beginnings and digests, then counted.
+    """Params, tags or a phase's attributes: whole up to 256 kB in all, then beginnings and digests, then counted.
 
     The log events have each of them whole, whatever happens here.
     """
@@ -119,7 +130,7 @@ def _span(
     trace = ids.trace_id(run.run_id, opened.attempt_key)
     attributes = {wire_text(key): _wire(value) for key, value in values.items()}
     if error_type is not None:
-        attributes[semconv.ERROR_TYPE] = wire_text(error_type)
+        attributes[semconv.ERROR_TYPE] = wire_text(error_type)[:_ERROR_TYPE_CHARACTERS]
         description = error_type if error is None else f"{error.type}: {error.message}"
         status = Status(StatusCode.ERROR, wire_text(description)[:1_000])
     else:
@@ -157,16 +168,27 @@ def _context(trace_id: str, span_id: str, *, remote: bool = False) -> SpanContex
 def _exception(error: ErrorInfo, time: int) -> Any:
     from opentelemetry.sdk.trace import Event
 
-    values: dict[str, str] = {
-        semconv.EXCEPTION_TYPE: wire_text(error.type),
-        semconv.EXCEPTION_MESSAGE: wire_text(error.message),
-        semconv.EXCEPTION_STACKTRACE: wire_text(error.stacktrace),
-    }
-    for key, value in tuple(values.items()):
-        if is_long(value, semconv.SPAN_PARAMS_MAX_BYTES):  # the event `tracelet.run.ended` has it whole
-            values[key] = value[-semconv.CHUNK_MAX_BYTES // 4 :]
-            values[semconv.DIGEST_PREFIX + key] = digest_of(value)
+    values: dict[str, str] = {}
+    for key, text in _exception_texts(error).items():
+        values[key] = wire_text(text)
+        if _is_cut(text):
+            # A stack trace says most at its end, a message at its beginning.
+            kept = semconv.EXCEPTION_KEPT_CHARACTERS
+            values[key] = wire_text(text[-kept:] if key == semconv.EXCEPTION_STACKTRACE else text[:kept])
+            values[digest_name(key)] = digest_of(text)
     return Event(semconv.EXCEPTION_EVENT, values, time)
+
+
+def _exception_texts(error: ErrorInfo) -> dict[str, str]:
+    return {
+        semconv.EXCEPTION_TYPE: error.type,
+        semconv.EXCEPTION_MESSAGE: error.message,
+        semconv.EXCEPTION_STACKTRACE: error.stacktrace,
+    }
+
+
+def _is_cut(text: str) -> bool:
+    return is_long(text, semconv.EXCEPTION_MAX_BYTES)
 
 
 def _links(traceparent: str | None) -> tuple[Link, ...]:

@@ -13,18 +13,20 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Status
 from tests.otlp_batches import MS, RUN, START, batch, opened
 from tests.sinks import REQUESTS, attributes
 from tracelet import ids
-from tracelet.otlp.plan import Ledger, Plan, plan
+from tracelet.otlp.plan import Ledger, Plan, heartbeat_load, plan
 from tracelet.records import (
     ArtifactLogged,
     AttemptEnded,
     Batch,
     ErrorInfo,
     FlushAsked,
+    Heartbeat,
     ParamsLogged,
     Part,
     Record,
     RunStarted,
     Scalar,
+    SpanEnded,
     SpanStarted,
     TagsSet,
     WriterEnded,
@@ -227,6 +229,39 @@ def test_params_beyond_a_spans_room_are_cut_to_digests_then_counted() -> None:
     assert root.ByteSize() < 900_000
 
 
+def test_a_phases_long_texts_are_whole_in_events_and_its_request_is_small() -> None:
+    root = ids.root_span_id(RUN.run_id, KEY)
+    attributes_given = {f"text{i}": f"{i}" + "é" * 100_000 for i in range(20)} | {"n": 3}
+    error = ErrorInfo("ValueError", "m" * 500_000, "begin" + "s" * 500_000 + "end")
+    story = (SpanStarted("1" * 16, root, "epoch", START, attributes_given), SpanEnded("1" * 16, START + MS, error))
+    planned = plan(batch((), story), Ledger())
+    (span,) = spans(planned)
+    assert span.ByteSize() < 900_000
+    (exception,) = span.events
+    assert attributes(exception)["exception.message"] == "m" * 8_000
+    assert attributes(exception)["exception.stacktrace"].endswith("end")
+    assert attributes(exception)["tracelet.digest.exception.stacktrace"].startswith("sha256:")
+    whole: dict[str, str] = {}
+    for message in sent(planned, "logs"):
+        for record in message.resource_logs[0].scope_logs[0].log_records:
+            assert record.event_name == "tracelet.span"
+            assert record.span_id.hex() == "1" * 16
+            key = attributes(record)["tracelet.chunk.key"]
+            whole[key] = whole.get(key, "") + record.body.string_value
+    assert attributes(span)["n"] == 3
+    assert whole == {k: v for k, v in attributes_given.items() if k != "n"} | {
+        "exception.message": error.message,
+        "exception.stacktrace": error.stacktrace,
+    }
+
+
+def test_the_root_span_of_the_largest_run_fits_a_request() -> None:
+    many = {f"p{i:04}": "y" * 1_000 for i in range(2_000)}
+    error = ErrorInfo("E" * 63_000, "é" * 31_000, "s" * 63_000)
+    (root,) = spans(plan(batch((), [ended("FAILED", error=error, params=many)]), Ledger()))
+    assert root.ByteSize() < 880_000  # and its Resource
+
+
 def test_another_rank_is_a_child_of_the_root_without_params() -> None:
     planned = plan(batch((), [ended(params={"lr": 1})], opening=opened(rank=2)), Ledger())
     (span,) = spans(planned)
@@ -284,7 +319,33 @@ def test_the_final_state_comes_after_the_last_heartbeat_and_only_from_the_newest
     (gone,) = found["tracelet.run.heartbeat"].gauge.data_points
     assert gone.flags == 1
     older = plan(batch((), [ended("FAILED", newest=False)]), ledger)
-    assert "tracelet.run.status" not in {m.name for _, m in metrics(older, "tracelet.run")}
+    final = [p for _, m in metrics(older, "tracelet.run") for p in m.gauge.data_points if not p.flags]
+    assert not final
+
+
+def test_the_state_of_an_older_attempt_ends_without_a_word() -> None:
+    planned = plan(batch((), [ended("FAILED", newest=False)]), Ledger(beat=START))
+    (states,) = [m.gauge.data_points for _, m in metrics(planned, "tracelet.run") if m.name == "tracelet.run.status"]
+    assert len(states) == 5
+    assert all(point.flags == 1 and point.WhichOneof("value") is None for point in states)
+
+
+def test_an_info_that_learns_mlflows_run_id_ends_the_one_without() -> None:
+    ledger = Ledger()
+
+    def beat(at: int, known: dict[str, str]) -> Any:
+        heartbeat = Heartbeat(at, "RUNNING", None, known)
+        message = REQUESTS["metrics"].FromString(heartbeat_load(batch(), heartbeat, ledger).encode())
+        ledger.beaten(heartbeat)
+        (scope,) = message.resource_metrics[0].scope_metrics
+        (info,) = [metric for metric in scope.metrics if metric.name == "tracelet.run.info"]
+        return {attributes(point).get("tracelet.mlflow.run_id"): point.flags for point in info.gauge.data_points}
+
+    assert beat(START, {}) == {None: 0}
+    assert beat(START + 30_000 * MS, {}) == {None: 0}
+    assert beat(START + 60_000 * MS, {"mlflow-12345678": "abc"}) == {"abc": 0, None: 1}
+    ledger = Ledger.from_json(ledger.to_json())
+    assert beat(START + 90_000 * MS, {"mlflow-12345678": "abc"}) == {"abc": 0}
 
 
 # ---- the counter of values that are no numbers ------------------------------------------------------------------
@@ -302,6 +363,19 @@ def test_nonfinite_values_are_counted_by_key_and_the_count_goes_on() -> None:
     (point,) = one.sum.data_points
     assert (point.as_int, point.time_unix_nano, point.start_time_unix_nano) == (2, START + MS, START)
     assert {attributes(p)["tracelet.metric.key"]: p.as_int for p in two.sum.data_points} == {"acc": 1, "loss": 3}
+
+
+def test_the_counter_ends_with_its_metric() -> None:
+    first = plan(batch([("loss", math.nan, 0), ("acc", 0.5, 1)]), Ledger())
+    series = {"w" * 16: (("loss", START), ("acc", START + MS))}
+    last = plan(batch((), [ended(series=series)], number=2), first.after)
+    ((resource, counter),) = [
+        found for found in metrics(last, "tracelet.run") if found[1].name == "tracelet.metric.nonfinite"
+    ]
+    (point,) = counter.sum.data_points
+    assert resource["service.instance.id"] == "instance-0"
+    assert (point.flags, point.WhichOneof("value"), point.time_unix_nano) == (1, None, START + MS)
+    assert attributes(point) == {"tracelet.metric.key": "loss"}
 
 
 def test_finite_values_whose_sum_overflows_are_not_counted() -> None:
