@@ -315,6 +315,50 @@ def test_an_unclear_create_makes_no_second_run(mlflow_server: MlflowServer, run:
     assert len(proxy.calls("runs/create")) == 1
 
 
+def test_two_shippers_that_make_the_same_run_at_once_write_to_one(
+    mlflow_server: MlflowServer, run: RunInfo, proxy: Proxy
+) -> None:
+    one, two = opened_exporter(proxy.uri, run), opened_exporter(mlflow_server.uri, run)  # neither finds a run
+    earlier = opened("b" * 16, START_NS - 1_000_000)
+
+    def rule(seen: Seen) -> Spoil:
+        if seen.path.endswith("runs/create"):  # the other's is made while ours is on its way
+            deliver(two, batch(run, started(), rows=[("theirs", 2.0, 1, 1)], by=earlier, folder="/spool/run/other"))
+            proxy.rule = lambda seen: Spoil()
+        return Spoil()
+
+    proxy.rule = rule
+    deliver(one, batch(run, started(), rows=[("ours", 1.0, 1, 1)]))
+    assert mlflow_id(one) == mlflow_id(two)
+    assert {row.key for row in rows_of(mlflow_server, mlflow_id(one))} == {"ours", "theirs"}
+    query = {"experiment_ids": [one.memory()["experiment_id"]], "filter": f"tags.`tracelet.run.id` = '{run.run_id}'"}
+    assert len(mlflow_server.ask("runs/search", query)["runs"]) == 1  # the empty twin is deleted
+    third = opened_exporter(mlflow_server.uri, run)
+    assert third.memory()["run_id"] == mlflow_id(one)
+
+
+def test_a_create_that_comes_late_makes_no_second_run(mlflow_server: MlflowServer, run: RunInfo, proxy: Proxy) -> None:
+    exporter = opened_exporter(proxy.uri, run)
+    held: list[Seen] = []
+
+    def rule(seen: Seen) -> Spoil:
+        if seen.path.endswith("runs/create") and not held:
+            held.append(seen)  # it never reached the server, as far as anybody can tell
+            return Spoil(forward=False, hang_up=True)
+        if seen.path.endswith("runs/create"):
+            mlflow_server.ask("runs/create", json.loads(held[0].body))  # and now it has
+        return Spoil()
+
+    proxy.rule = rule
+    first = batch(run, started(), rows=[("m", 1.0, 1, 1)])
+    delivery = exporter.begin(first)
+    assert isinstance(delivery.attempt(), RetryLater)
+    assert delivery.attempt() == Delivered()
+    again = opened_exporter(mlflow_server.uri, run)  # no memory: found by its tag
+    assert again.memory()["run_id"] == mlflow_id(exporter)
+    assert [row.key for row in rows_of(mlflow_server, mlflow_id(exporter))] == ["m"]
+
+
 def refusing(word: bytes) -> Any:
     """A rule: what holds `word` is refused as MLflow refuses a whole request for one thing in it."""
     no = b'{"error_code":"INVALID_PARAMETER_VALUE","message":"not this one"}'

@@ -38,7 +38,17 @@ from tracelet.exporters.mlflow.mapping import (
     witness_of,
 )
 from tracelet.exporters.mlflow.names import capped, encodable
-from tracelet.exporters.mlflow.transport import Latest, MetricRow, NotNow, Refused, RunView, Transport, Unclear
+from tracelet.exporters.mlflow.transport import (
+    Latest,
+    MetricRow,
+    NotNow,
+    Refused,
+    RunView,
+    Transport,
+    Unclear,
+    first_of,
+)
+from tracelet.guard import guard
 from tracelet.records import FAILED, FINISHED, KILLED, RUNNING, Batch, Part, RunInfo, RunStarted
 
 __all__ = ["MLflowDelivery", "RunState"]
@@ -148,8 +158,7 @@ class MLflowDelivery:
     def _make_run(self, part: Part, started: RunStarted | None) -> None:
         state, transport = self._state, self._transport
         if state.create_is_unclear:
-            runs = transport.runs_with_tag(state.experiment_id, RUN_TAG, state.info.run_id)
-            found = transport.run(runs[0].run_id) if runs else None
+            found = self._earliest()
             state.create_is_unclear = False
             if found is not None:
                 state.learn(found)
@@ -171,13 +180,34 @@ class MLflowDelivery:
                 short,
                 tags,
             )
-        except Unclear:
+        except Unclear as error:
             state.create_is_unclear = True
+            error.after_s = _PATIENCE_S if error.after_s is None and error.may_be_running else error.after_s
             raise
         except Refused as no:
             raise NotNow(f"MLflow refuses to create a run in experiment {state.experiment_id}: {no}", loud=True) from no
-        state.learn(made)
-        self._unclear = False  # a new run holds nothing of this batch
+        state.create_is_unclear = True  # until it is known to be the only one: nothing is sent before
+        first = self._earliest() or made
+        if first.run_id != made.run_id:
+            self._give_up(made)
+            self._unclear = True
+        else:
+            self._unclear = False  # a new run holds nothing of this batch
+        state.learn(first)
+        state.create_is_unclear = False
+
+    def _earliest(self) -> RunView | None:
+        """The run with our tag. Of several (made at the same moment, or by a create that came late) all take this."""
+        state, transport = self._state, self._transport
+        run = first_of(transport.runs_with_tag(state.experiment_id, RUN_TAG, state.info.run_id))
+        return transport.run(run.run_id) if run is not None else None
+
+    def _give_up(self, made: RunView) -> None:
+        """Delete a run of ours that holds nothing yet, since another of the same tag was first."""
+        try:
+            self._transport.delete_run(made.run_id)
+        except Refused as no:
+            guard.limited("mlflow twin", "the empty twin %s of a run stays in MLflow: %s", made.run_id, no)
 
     def _resume(self, view: RunView, part: Part) -> None:
         """A new attempt of a known run: RUNNING again, as start_run(run_id=...) does; an old one changes nothing."""

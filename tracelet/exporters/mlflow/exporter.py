@@ -17,7 +17,7 @@ from tracelet.exporters.mlflow.limits import EXPERIMENT_NAME_CHARS, POINTS_PER_B
 from tracelet.exporters.mlflow.mapping import RUN_TAG
 from tracelet.exporters.mlflow.names import capped, encodable
 from tracelet.exporters.mlflow.rest import RestTransport
-from tracelet.exporters.mlflow.transport import NotNow, Refused, RunView, Transport
+from tracelet.exporters.mlflow.transport import NotNow, Refused, RunView, Transport, first_of
 from tracelet.records import Batch, Heartbeat, RunInfo
 
 __all__ = ["MLflowExporter"]
@@ -119,8 +119,8 @@ class MLflowExporter:
                     loud=True,
                 )
             return view
-        runs = self._transport.runs_with_tag(experiment_id, RUN_TAG, run.run_id)
-        return self._transport.run(runs[0].run_id) if runs else None
+        found = first_of(self._transport.runs_with_tag(experiment_id, RUN_TAG, run.run_id))
+        return self._transport.run(found.run_id) if found is not None else None
 
     def _link(self, view: RunView) -> str:
         if self._connection is not None:

@@ -95,6 +95,10 @@ class RestTransport:
             body["end_time"] = end_time
         self._post("runs/update", body)
 
+    def delete_run(self, run_id: str) -> None:
+        """One call; `mlflow runs restore` undoes it."""
+        self._post("runs/delete", {"run_id": run_id})
+
     def has_metric_row(self, run_id: str, row: MetricRow) -> bool:
         """Pages through the key's history; 30 us a row."""
         key, value, timestamp, step = row

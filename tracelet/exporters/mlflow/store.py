@@ -212,6 +212,10 @@ class DatabaseTransport:
 
         self._do(update)
 
+    def delete_run(self, run_id: str) -> None:
+        """One transaction."""
+        self._do(lambda store: store.delete_run(run_id))
+
     def has_metric_row(self, run_id: str, row: MetricRow) -> bool:
         """Pages through the key's history."""
         key, value, ms, step = row

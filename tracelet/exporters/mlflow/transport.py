@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-__all__ = ["ExperimentView", "MetricRow", "NotNow", "Refused", "RunView", "Transport", "Unclear"]
+__all__ = ["ExperimentView", "MetricRow", "NotNow", "Refused", "RunView", "Transport", "Unclear", "first_of"]
 
 MetricRow = tuple[str, float, int, int]
 """Key, value, timestamp in milliseconds, step."""
@@ -66,6 +66,11 @@ class RunView:
     tags: Mapping[str, str] = field(default_factory=dict)
 
 
+def first_of(runs: Sequence[RunView]) -> RunView | None:
+    """Of runs with one tag the one that counts: the earliest, if it can be one that is not deleted."""
+    return min(runs, key=lambda run: (run.deleted, run.start_time, run.run_id), default=None)
+
+
 class Transport(Protocol):
     """A tracking store. Every method raises `NotNow`, `Unclear` or `Refused`, and nothing else on purpose."""
 
@@ -105,6 +110,10 @@ class Transport(Protocol):
 
     def update_run(self, run_id: str, status: str, end_time: int | None) -> None:
         """Set the status, and the end time if given."""
+        ...
+
+    def delete_run(self, run_id: str) -> None:
+        """Mark a run as deleted."""
         ...
 
     def has_metric_row(self, run_id: str, row: MetricRow) -> bool:
