@@ -17,6 +17,7 @@ import pytest
 from tests.mlflow_batches import batch, deliver, exporters_closed, opened_exporter, persist, run_info, started
 from tests.servers import MlflowServer, Proxy, Seen, Spoil, free_port, get_run, recording_proxy, rows_of
 from tracelet.exporters.base import Delivered, RetryLater
+from tracelet.exporters.mlflow import connection
 from tracelet.exporters.mlflow.exporter import MLflowExporter
 from tracelet.records import RunInfo
 
@@ -256,6 +257,16 @@ def tls_server(certificate: Path) -> Iterator[tuple[str, list[bool]]]:
     server.shutdown()
     server.server_close()
     thread.join(5)
+
+
+def test_authorities_are_known_without_the_systems(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, certificate: Path
+) -> None:
+    (tmp_path / "none.pem").touch()
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "none.pem"))  # an image without the package ca-certificates
+    monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path / "none"))
+    assert connection._tls({}).cert_store_stats()["x509_ca"] > 50
+    assert connection._tls({"CURL_CA_BUNDLE": str(certificate)}).cert_store_stats()["x509"] == 1
 
 
 def test_tls_follows_mlflows_variables(

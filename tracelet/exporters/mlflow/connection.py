@@ -1,7 +1,8 @@
 """One kept-alive HTTP connection to an MLflow server: who we are, TLS, proxies, and telling "not sent" from "unclear".
 
-Standard library only. Credentials, tokens and certificates are MLflow's own variables and files; they are read when a
-connection is made and again after every refusal, so a renewed token is seen. No error text ever holds one.
+Standard library, and certifi's authorities. Credentials, tokens and certificates are MLflow's own variables and files;
+they are read when a connection is made and again after every refusal, so a renewed token is seen. No error text ever
+holds one.
 """
 
 from __future__ import annotations
@@ -188,10 +189,13 @@ def _credentials_file(environ: Mapping[str, str]) -> Mapping[str, str]:
 
 
 def _tls(environ: Mapping[str, str]) -> ssl.SSLContext:
-    authority = environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH") or environ.get("REQUESTS_CA_BUNDLE")
+    names = ("MLFLOW_TRACKING_SERVER_CERT_PATH", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")  # in MLflow's client's order
+    authority = next((environ[name] for name in names if environ.get(name)), None)
     try:
         folder = authority if authority and os.path.isdir(authority) else None
         context = ssl.create_default_context(cafile=None if folder else authority or None, capath=folder)
+        if not authority:
+            _add_certifi(context)
         client = environ.get("MLFLOW_TRACKING_CLIENT_CERT_PATH")
         if client:
             context.load_cert_chain(client)
@@ -205,6 +209,15 @@ def _tls(environ: Mapping[str, str]) -> ssl.SSLContext:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     return context
+
+
+def _add_certifi(context: ssl.SSLContext) -> None:
+    """The authorities MLflow's client knows: slim images and standalone Pythons have none of the system's."""
+    try:
+        import certifi
+    except ImportError:
+        return
+    context.load_verify_locations(certifi.where())
 
 
 def _tls_hint(error: Exception) -> str:
