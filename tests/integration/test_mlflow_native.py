@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import sqlite3
 import subprocess
+import sys
 import uuid
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import pytest
 
 from tests.mlflow_batches import START_NS, batch, deliver, ended, exporters_closed, opened_exporter, run_info, started
 from tests.servers import MlflowServer
+from tracelet.collectors import environment
 from tracelet.exporters.mlflow.store import quiet_mlflow
 from tracelet.records import ArtifactLogged, ParamsLogged, TagsSet
 
@@ -22,7 +25,8 @@ __all__ = ["exporters_closed"]
 with quiet_mlflow():
     import mlflow
     import mlflow.store.tracking.sqlalchemy_store
-    from mlflow.tracking.context.registry import resolve_tags
+    from mlflow.tracking.context.git_context import GitRunContext
+    from mlflow.tracking.context.registry import _run_context_provider_registry
 
 MS = START_NS // 1_000_000
 PARAMS: dict[str, Any] = {"lr": 0.001, "on": True, "none": "None", "n": 3, "a.b/c": "text", "empty": "", "big": 10**30}
@@ -48,7 +52,8 @@ def by_us(uri: str, experiment: str, file: Path, **spec: Any) -> str:
     rows = [("loss", value, step - 2, step) for step, value in enumerate(VALUES)]
     artifact = ArtifactLogged(1, f"models/deep/{file.name}", str(file), None, file.stat().st_size, None, "x/y")
     params, tags = ParamsLogged(1, PARAMS), TagsSet(1, TAGS)
-    deliver(exporter, batch(run, started("same", resolve_tags()), params, tags, artifact, rows=rows))
+    surroundings = environment.take(os.environ, Path.cwd(), sys.argv)
+    deliver(exporter, batch(run, started("same", surroundings.mlflow_tags), params, tags, artifact, rows=rows))
     deliver(exporter, batch(run, ended(), number=2))
     return str(exporter.memory()["run_id"])
 
@@ -93,6 +98,9 @@ def test_every_row_is_as_mlflows_own_client_writes_it(
     subprocess.run(["git", "commit", "-q", "--allow-empty", "-m", "x"], cwd=checkout, check=True)
     monkeypatch.chdir(checkout)
     monkeypatch.setattr("sys.argv", [str(checkout / "train.py")])
+    for provider in _run_context_provider_registry:
+        if isinstance(provider, GitRunContext):  # it looks once a process, and a test before this one has made it
+            monkeypatch.setattr(provider, "_cache", {})
     (checkout / "train.py").write_text("")
     if "artifact_root" in spec:
         monkeypatch.chdir(tmp_path)  # mlflow's own client puts a database's artifacts into ./mlruns
