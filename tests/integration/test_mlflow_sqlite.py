@@ -7,6 +7,7 @@ import json
 import sqlite3
 import subprocess
 import sys
+import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,7 @@ def test_a_repeat_after_a_restart_sends_nothing(folder: Path, run: RunInfo, open
 
 WRITER = """
 import sys
+import time
 from tests.mlflow_batches import batch, opened_exporter, persist, run_info, started
 from tracelet.exporters.base import Delivered
 run = run_info(sys.argv[2])
@@ -228,6 +230,17 @@ def test_a_database_that_can_not_be_reached_waits_and_tells_no_password(tmp_path
     assert f"{tmp_path}/file" in answer.reason
 
 
+def test_a_database_that_is_away_is_said_at_once(tmp_path: Path, run: RunInfo) -> None:
+    (tmp_path / "mlflow.db").mkdir()  # can't be opened; mlflow's store would try for minutes before it says so
+    with quiet_mlflow():
+        import mlflow.store.tracking.sqlalchemy_store  # noqa: F401 - its seconds are not the ones meant
+    begun = time.monotonic()
+    answer = MLflowExporter({"tracking_uri": f"sqlite:///{tmp_path}/mlflow.db"}, {}, {}).open(run, {})
+    assert isinstance(answer, RetryLater)
+    assert "unable to open database file" in answer.reason
+    assert time.monotonic() - begun < 60
+
+
 def test_a_deleted_run_or_experiment_waits_and_says_how_to_restore_it(folder: Path, run: RunInfo) -> None:
     run = run_info(run.run_id, project=f"deleted-{START_NS}-{run.run_id}")
     exporter = opened_exporter(uri_of(folder), run)
@@ -250,3 +263,9 @@ def test_a_deleted_run_or_experiment_waits_and_says_how_to_restore_it(folder: Pa
     assert isinstance(reopened, RetryLater)
     assert reopened.loud
     assert f"mlflow experiments restore -x {memory['experiment_id']}" in reopened.reason
+    waiting = exporter.begin(batch(run, rows=[("m", 2.0, 2, 2)], number=3))
+    assert isinstance(waiting.attempt(), RetryLater)
+    store.restore_experiment(memory["experiment_id"])
+    assert waiting.attempt() == Delivered()
+    opened_exporter(uri_of(folder), run, memory)
+    assert count(folder, exporter) == 2

@@ -45,6 +45,20 @@ def quiet_mlflow() -> Iterator[None]:
             os.environ["MLFLOW_DISABLE_TELEMETRY"] = before
 
 
+@contextmanager
+def _no_retries() -> Iterator[None]:
+    """mlflow tries a database that is away for 100 s before it says so; the shipper has a back-off of its own."""
+    import mlflow.store.db.utils as untyped_utils
+
+    utils: Any = untyped_utils
+    before = getattr(utils, "MAX_RETRY_COUNT", None)
+    utils.MAX_RETRY_COUNT = 0
+    try:
+        yield
+    finally:
+        utils.MAX_RETRY_COUNT = before
+
+
 def artifact_repository(artifact_uri: str) -> Any:
     """mlflow's client of the store behind `artifact_uri`."""
     try:
@@ -86,7 +100,7 @@ class DatabaseTransport:
                     for name in ("alembic", "mlflow.store.db.utils"):
                         logging.getLogger(name).setLevel(logging.CRITICAL)  # schema steps, one traceback a busy moment
                     made: Any = SqlAlchemyStore
-                    with self._one_at_a_time():
+                    with self._one_at_a_time(), _no_retries():
                         self._store = made(self._uri, self._root())
             except ImportError as error:
                 raise NotNow(
