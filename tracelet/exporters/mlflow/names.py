@@ -49,8 +49,8 @@ def _is_own_path(name: str) -> bool:
 
 
 # utils/uri.py validate_path_is_safe, at the server: decodes %XX until none is left, refuses '#', escapes control
-# characters. Lone surrogates (a file name that is not UTF-8) can't be written into an address.
-_ILLEGAL_IN_PATH = re.compile("%[0-9A-Fa-f]{2}|[#\\x00-\\x1f\\x7f\ud800-\udfff]")
+# characters, strips spaces in front. Lone surrogates (a file name that is not UTF-8) can't be written into an address.
+_ILLEGAL_IN_PATH = re.compile("%[0-9A-Fa-f]{2}|^ +|[#\\x00-\\x1f\\x7f\ud800-\udfff]")
 
 
 def legal_path(path: str) -> str:
