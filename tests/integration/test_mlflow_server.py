@@ -173,6 +173,25 @@ def test_an_error_and_an_older_attempts_end_leave_what_they_should(mlflow_server
     assert len(rows_of(mlflow_server, mlflow_id(exporter), "m")) == 2
 
 
+def test_two_attempts_in_one_batch_are_one_run_begun_by_the_first_and_held_by_the_second(
+    mlflow_server: MlflowServer, run: RunInfo
+) -> None:
+    exporter = opened_exporter(mlflow_server.uri, run)
+    later = opened("b" * 16, START_NS + 10**10)
+    parts = (
+        Part("1" * 16, later, (started(),), points([("m", 2.0, 2, 10_002)])),
+        Part("0" * 16, opened(), (started(),), points([("m", 1.0, 1, 1)])),
+    )
+    assert exporter.begin(Batch(1, run, "/spool/run/host", parts)).attempt() == Delivered()
+    found = get_run(mlflow_server, mlflow_id(exporter))
+    assert found.data.tags["tracelet.run.attempt"] == f"{START_NS + 10**10}-{'b' * 16}"
+    assert (found.info.status, found.info.start_time) == ("RUNNING", MS)
+    deliver(exporter, batch(run, ended("KILLED", newest=False), number=2))
+    assert get_run(mlflow_server, mlflow_id(exporter)).info.status == "RUNNING"
+    deliver(exporter, batch(run, ended(), number=3, by=later))
+    assert get_run(mlflow_server, mlflow_id(exporter)).info.status == "FINISHED"
+
+
 def test_thousands_of_params_and_tags_travel_in_requests_of_their_own(
     mlflow_server: MlflowServer, run: RunInfo, proxy: Proxy
 ) -> None:

@@ -145,12 +145,12 @@ class MLflowDelivery:
     # ---- the run -------------------------------------------------------------------------------------------------
 
     def _prepare(self) -> Plan:
-        part, started = _first_part(self._batch)
         state = self._state
+        attempts = _starts(self._batch)  # several in one batch, where the run was shipped only after a resume
         if state.view is None:
-            self._make_run(part, started)
-        elif started is not None:
-            self._resume(state.view, part)
+            self._make_run(*(attempts[0] if attempts else (self._batch.parts[0], None)))
+        for part, _ in attempts:
+            self._resume(part)
         plan = plan_of(self._batch, self._rows, state.params, state.tags)
         self._refusals.extend(plan.refusals)
         return plan
@@ -209,17 +209,17 @@ class MLflowDelivery:
         except Refused as no:
             guard.limited("mlflow twin", "the empty twin %s of a run stays in MLflow: %s", made.run_id, no)
 
-    def _resume(self, view: RunView, part: Part) -> None:
+    def _resume(self, part: Part) -> None:
         """A new attempt of a known run: RUNNING again, as start_run(run_id=...) does; an old one changes nothing."""
         if attempt_start(self._state.tags.get(ATTEMPT_TAG)) >= part.opened.attempt_started_unix_nano:
             return
         mark = attempt_mark(part.opened)
         try:
-            self._transport.update_run(view.run_id, RUNNING, None)
-            self._transport.log_tags(view.run_id, [(ATTEMPT_TAG, mark)])
+            self._transport.update_run(self._run_id, RUNNING, None)
+            self._transport.log_tags(self._run_id, [(ATTEMPT_TAG, mark)])
         except Refused as no:
             self._check_run(no)
-            raise NotNow(f"MLflow refuses to resume run {view.run_id}: {no}", loud=True) from no
+            raise NotNow(f"MLflow refuses to resume run {self._run_id}: {no}", loud=True) from no
         self._state.tags[ATTEMPT_TAG] = mark
 
     @property
@@ -369,7 +369,7 @@ class MLflowDelivery:
         ended = plan.ended
         if ended is None or not ended.newest or ended.status not in (FINISHED, FAILED, KILLED):
             return
-        part, _ = _first_part(self._batch)
+        part = next(part for part in self._batch.parts if ended in part.records)
         view = self._transport.run(self._run_id)
         if view is not None and attempt_start(view.tags.get(ATTEMPT_TAG)) > part.opened.attempt_started_unix_nano:
             return  # a newer attempt, shipped from elsewhere, has the run now
@@ -380,13 +380,10 @@ class MLflowDelivery:
             self._refusals.append(Refusal("event", str(no), {"status": ended.status, "end": ended.end_unix_nano}))
 
 
-def _first_part(batch: Batch) -> tuple[Part, RunStarted | None]:
-    """The part that holds RunStarted and that record, else the first part."""
-    for part in batch.parts:
-        for record in part.records:
-            if isinstance(record, RunStarted):
-                return part, record
-    return batch.parts[0], None
+def _starts(batch: Batch) -> list[tuple[Part, RunStarted]]:
+    """The attempts that begin in this batch, the earliest first."""
+    found = [(part, record) for part in batch.parts for record in part.records if isinstance(record, RunStarted)]
+    return sorted(found, key=lambda start: start[0].opened.attempt_started_unix_nano)
 
 
 def _chunk(pairs: Mapping[str, str], most: int) -> list[tuple[str, str]]:
