@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tracelet.otlp import encode_points, semconv
 from tracelet.otlp.encode_points import field, wire_text
+from tracelet.otlp.message_json import message_dict
 from tracelet.records import PointBatch, Scalar
 
 if TYPE_CHECKING:
@@ -220,7 +221,7 @@ class MetricsLoad(_MessagesLoad):
 
     def describe(self, index: int) -> tuple[str, dict[str, Any]]:
         """The metric with its one point."""
-        return "point", _as_json(self.items[index])
+        return "point", message_dict(self.items[index])
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +242,7 @@ class EventsLoad(_MessagesLoad):
 
     def describe(self, index: int) -> tuple[str, dict[str, Any]]:
         """The event whole."""
-        return "event", _as_json(self.items[index])
+        return "event", message_dict(self.items[index])
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,13 +263,7 @@ class SpansLoad(_MessagesLoad):
 
     def describe(self, index: int) -> tuple[str, dict[str, Any]]:
         """The span whole."""
-        return "span", _as_json(self.items[index])
-
-
-def _as_json(message: Any) -> dict[str, Any]:
-    from tracelet.otlp.encode_json import message_dict
-
-    return message_dict(message)
+        return "span", message_dict(self.items[index])
 
 
 def fitting(load: Load, max_bytes: int = semconv.REQUEST_MAX_BYTES) -> Sequence[tuple[Load, bytes]]:

@@ -1,4 +1,4 @@
-"""OTLP as JSON: the protobuf mapping with hexadecimal ids and numbers for enums, as the OTLP specification has it.
+"""Requests as lines of OTLP JSON, as the OTLP specification has it.
 
 https://opentelemetry.io/docs/specs/otlp/#json-protobuf-encoding. 64-bit integers are strings; NaN and infinities are
 the strings "NaN", "Infinity" and "-Infinity".
@@ -6,7 +6,6 @@ the strings "NaN", "Infinity" and "-Infinity".
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 from typing import Any
@@ -14,32 +13,9 @@ from typing import Any
 from tracelet.otlp import semconv
 from tracelet.otlp.encode import Load, PointsLoad
 from tracelet.otlp.encode_points import wire_text
+from tracelet.otlp.message_json import message_dict
 
-__all__ = ["json_line", "message_dict"]
-
-_IDS = frozenset(("traceId", "spanId", "parentSpanId"))
-
-
-def message_dict(message: Any) -> dict[str, Any]:
-    """A protobuf message of OTLP as its JSON object."""
-    from google.protobuf.json_format import MessageToDict
-
-    plain: dict[str, Any] = MessageToDict(message, use_integers_for_enums=True)
-    _hexadecimal(plain)
-    return plain
-
-
-def _hexadecimal(value: Any) -> None:
-    # Protobuf's own mapping writes bytes as base64; OTLP wants the ids in hexadecimal.
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            if key in _IDS and isinstance(inner, str):
-                value[key] = base64.b64decode(inner).hex()
-            else:
-                _hexadecimal(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            _hexadecimal(inner)
+__all__ = ["json_line"]
 
 
 def json_line(load: Load) -> str:
