@@ -17,8 +17,8 @@ __all__ = ["DeadLetters"]
 class DeadLetters:
     """`rejected-<destination>.jsonl`: time, destination, batch, what, reason, facts.
 
-    `write` returns when the lines are on the disk; where it raises, none of them is. Written again after a crash (`repeat=True`), a batch's lines that
-    are already there are left out.
+    `write` returns when the lines are on the disk; where it raises, none of them is. Written again after a crash
+    (`repeat=True`), a batch's lines that are already there are left out.
     """
 
     def __init__(self, folder: Path, destination_id: str) -> None:

@@ -197,7 +197,8 @@ class Shipment:
         """All writers are over, and every destination has everything, ends included."""
         site = self.site
         return (
-            all(site.is_over(writer) for writer in site.writers)
+            not site.strangers
+            and all(site.is_over(writer) for writer in site.writers)
             and all(attempt.key in site.decided or site.is_hollow(attempt) for attempt in site.manifest.attempts)
             and self._all_started()
             and all(lane.finished_of == site.state for lane in self.lanes.values())
@@ -256,6 +257,8 @@ class Shipment:
             ]
             if left[identity] or ends:
                 reasons[identity] = lane.trouble or "it was still on its way"
+            elif self.site.strangers:
+                reasons[identity] = "some of the run is in a format that this release of tracelet doesn't know"
         return Outcome(
             delivered={identity: lane.counts[0] for identity, lane in self.lanes.items()},
             refused={identity: lane.counts[1] for identity, lane in self.lanes.items()},

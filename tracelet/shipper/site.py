@@ -18,6 +18,7 @@ from tracelet.guard import guard, logger
 from tracelet.records import RunInfo, WriterEnded
 from tracelet.shipper.deaths import Deaths
 from tracelet.shipper.roster import Roster, decode_frame
+from tracelet.shipper.standin import stand_in
 from tracelet.shipper.status import PROVISIONAL, Verdict, decide
 from tracelet.spool import store
 from tracelet.spool.points import SLOT_SIZE
@@ -83,6 +84,7 @@ class Site:
         self.roster = Roster()
         self.decided: dict[str, Decided] = {}
         self.writers: tuple[str, ...] = ()  # those whose opening is known, in order of appearance
+        self.strangers: set[str] = set()  # writers whose files are of a format that this release doesn't know
         self.backend_ids = backend_ids
         self._clock = clock
         self._in_process = in_process
@@ -91,6 +93,7 @@ class Site:
         self._manifest_key: tuple[int, int] | None = None
         self._found: tuple[str, ...] = ()  # all writers there were at the last look
         self._end_seen: dict[str, float] = {}  # attempt -> when its provisional end was first met
+        self._unreadable: dict[str, float] = {}  # writers without an opening -> when their frames were scanned
         self._frames_seen: dict[str, tuple[float, int]] = {}  # writer -> when its frames were scanned, their size
 
     # ---- for the destinations' threads ----------------------------------------------------------------------------
@@ -130,9 +133,8 @@ class Site:
         known = []
         self._found = self._reader.writers()
         for writer in self._found:
-            if writer not in self.roster.opened:
-                self.roster.scan(self._reader, writer)
-                self._stand_in(writer)
+            if writer not in self.roster.opened and writer not in self.strangers:
+                self._meet(writer)
             if writer in self.roster.opened:
                 known.append(writer)
                 self._look_at(writer, stuck)
@@ -142,9 +144,14 @@ class Site:
                 self._decide(attempt)
 
     def has_news(self) -> bool:
-        """A writer or an attempt has come since the last look. Takes nothing in: for who no longer holds the lock."""
+        """A writer or an attempt has come since the last look. Takes nothing in: for who no longer holds the lock.
+
+        No for a folder that was deleted: what isn't there any more is no news, and would be none at the next look.
+        """
         manifest = store.read_manifest(self.folder)
-        attempts = () if manifest is None else tuple(attempt.key for attempt in manifest.attempts)
+        if manifest is None:
+            return False
+        attempts = tuple(attempt.key for attempt in manifest.attempts)
         return self._reader.writers() != self._found or attempts != self.state[1]
 
     def close(self) -> None:
@@ -160,7 +167,11 @@ class Site:
         key = (stat.st_ino, stat.st_mtime_ns)
         if key == self._manifest_key:
             return
-        manifest = store.read_manifest(self.folder)
+        try:
+            manifest = store.read_manifest(self.folder)
+        except SpoolError as error:  # what is known of the run goes on
+            guard.limited("read the manifest", "goes on with the manifest as it was: %s", error)
+            return
         if manifest is not None:
             self.manifest = manifest
             self._manifest_key = key
@@ -182,13 +193,29 @@ class Site:
                 if bytes_now != size:
                     self.roster.scan(self._reader, writer)
 
-    def _stand_in(self, writer: str) -> None:
-        """For a writer whose opening is damaged: another one's of this run, so that its points find their way."""
-        if writer in self.roster.opened or not self.roster.opened or not self.deaths.look(writer):
+    def _meet(self, writer: str) -> None:
+        """Learn who `writer` is; from elsewhere, where its own first frame can't be read."""
+        now = self._clock.monotonic()
+        seen = self._unreadable.get(writer)
+        if seen is not None and now - seen < _RESCAN_S:
             return
-        newest = max(self.roster.opened.values(), key=lambda opened: opened.attempt_started_unix_nano)
-        logger.warning("the first frame of writer %s can't be read; its points count as rank %d's", writer, newest.rank)
-        self.roster.opened[writer] = dataclasses.replace(newest, role="child")
+        try:
+            self.roster.scan(self._reader, writer)
+        except SpoolError as error:  # of a newer version: its data waits for a release that reads it
+            guard.limited(f"read writer {writer}", "the records of writer %s wait: %s", writer, error)
+            self.strangers.add(writer)
+        if writer in self.roster.opened or writer in self.strangers:
+            return
+        self._unreadable[writer] = now
+        # It is written before a writer can be seen, so it is damaged; but a file may just be on its way elsewhere.
+        if (seen is None and not self.deaths.look(writer)) or not self._reader.segments(writer):
+            return
+        opened = stand_in(self.folder, self.manifest, self.roster, writer)
+        if opened is not None:
+            logger.warning(
+                "the first frame of writer %s can't be read; its points count as rank %d's", writer, opened.rank
+            )
+            self.roster.opened[writer] = opened
 
     # ---- an attempt's end -------------------------------------------------------------------------------------------
 
@@ -240,7 +267,7 @@ class Site:
 
         try:
             kept = store.update_manifest(self.folder, put).attempt(attempt.key)
-        except OSError as error:  # no room: the end is delivered all the same
+        except (OSError, SpoolError) as error:  # no room, or damaged: the end is delivered all the same
             guard.note("write an attempt's end into the manifest", error)
             return verdict
         return verdict if kept is None or kept.ended is None else Verdict.from_json(kept.ended)

@@ -58,17 +58,21 @@ class Upkeep:
             store.make_spares(site.folder)
         if not alive:
             self.drop_spares()
-        for writer in site.writers:
-            self._seal(writer)
+        self._seal_all()
         if complete:
             store.move_delivered(site.folder, positions)
 
-    def _seal(self, writer: str) -> None:
+    def _seal_all(self) -> None:
+        if any(self._sealed.get(writer) != -1 for writer in self._site.writers):
+            segments = self._reader.all_segments()
+            for writer in self._site.writers:
+                self._seal(writer, segments.get(writer, []))
+
+    def _seal(self, writer: str, segments: list[int]) -> None:
         """Seal what nobody writes to any more: all but the last segment, and that one too once the writer is over."""
         if self._sealed.get(writer) == -1:
             return
         over = self._site.deaths.is_dead(writer)
-        segments = self._reader.segments(writer)
         done = self._sealed.get(writer, 0)
         for segment in segments if over else segments[:-1]:
             if segment <= done:
@@ -114,9 +118,8 @@ class Upkeep:
             for record in frames_of(self._reader, writer):
                 if isinstance(record, ArtifactLogged) and record.stored is not None and record.stored not in refused:
                     (site.folder / record.stored).unlink(missing_ok=True)
-        for writer in site.writers:
-            self._seal(writer)
-        store.move_delivered(site.folder, [lane.positions for lane in lanes], done=True)
+        self._seal_all()
+        store.move_delivered(site.folder, [lane.positions for lane in lanes], over=site.writers)
         root = site.folder.parent.parent
         store.retain([run.folder for run in store.list_runs(root)], keep, now_s=now_s)
 

@@ -129,8 +129,8 @@ class SpoolReader:
                     found.append((entry.stat().st_ctime_ns, match.group(1)))
         return tuple(writer for _, writer in sorted(found))
 
-    def _numbers(self, writer: str, pattern: re.Pattern[str]) -> list[int]:
-        numbers: set[int] = set()
+    def _numbers(self, pattern: re.Pattern[str]) -> dict[str, list[int]]:
+        numbers: dict[str, set[int]] = {}
         for folder in (self._folder, self._folder / DELIVERED):
             try:
                 names = os.listdir(folder)
@@ -138,13 +138,17 @@ class SpoolReader:
                 continue
             for name in names:
                 match = pattern.fullmatch(name)
-                if match and match.group(1) == writer:
-                    numbers.add(int(match.group(2)))
-        return sorted(numbers)
+                if match:
+                    numbers.setdefault(match.group(1), set()).add(int(match.group(2)))
+        return {writer: sorted(mine) for writer, mine in numbers.items()}
+
+    def all_segments(self) -> dict[str, list[int]]:
+        """By writer: the numbers of the segments that are there, delivered ones too. One look for all of them."""
+        return self._numbers(_POINTS)
 
     def segments(self, writer: str) -> list[int]:
-        """The numbers of the segments that are there, delivered ones too."""
-        return self._numbers(writer, _POINTS)
+        """The numbers of the writer's segments that are there, delivered ones too."""
+        return self.all_segments().get(writer, [])
 
     def _open(self, writer: str, name: str, number: int) -> int:
         # Twice, because the file may move to delivered/ between the two looks.
@@ -392,13 +396,19 @@ class SpoolReader:
         return None if file is None else read_frame(file.fd, offset)
 
     def scan_frames(self, writer: str) -> Iterator[tuple[int, bytes]]:
-        """All valid frames of a writer as (kind, payload), in order; `damaged_frames` counts what was passed over."""
-        for number in self._numbers(writer, _FRAMES):
+        """All valid frames of a writer as (kind, payload), in order; `damaged_frames` counts what was passed over.
+
+        Raises:
+            SpoolFormatError: a frames file of a version that this release doesn't know.
+        """
+        for number in self._numbers(_FRAMES).get(writer, []):
+            name = frames_name(writer, number)
             try:
-                fd = self._open(writer, frames_name(writer, number), number)
+                fd = self._open(writer, name, number)
             except FileNotFoundError:
                 continue
             try:
+                frame_files.check_header(fd, self._folder / name)
                 for frame in frame_files.scan(fd, self._count_damage):
                     yield frame.kind, frame.payload
             finally:

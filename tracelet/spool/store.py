@@ -11,7 +11,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -311,12 +311,17 @@ def seal(folder: Path, writer: str, number: int, *, dead: bool = False) -> bool:
 
 
 def move_delivered(
-    folder: Path, destinations: Iterable[Mapping[str, Position]], *, done: bool = False, now_s: float | None = None
+    folder: Path,
+    destinations: Iterable[Mapping[str, Position]],
+    *,
+    over: Collection[str] = (),
+    now_s: float | None = None,
 ) -> int:
     """Move sealed segments that every destination has passed to delivered/; returns how many.
 
-    `destinations` holds each destination's positions by writer; none at all moves nothing. `done`: the run is over
-    and delivered everywhere, so the frames (names and params, which a restarted shipper needs) go too.
+    `destinations` holds each destination's positions by writer; none at all moves nothing. `over` names the writers of
+    a run that is over and delivered everywhere: their frames (names and params, which a restarted shipper needs) go
+    too. Not those of a writer that has come since: what lies in delivered/ may be deleted at any time.
     """
     positions = list(destinations)
     if not positions:
@@ -332,9 +337,11 @@ def move_delivered(
         for name in (segment_name(writer, segment), seal_name(writer, segment)):
             _move(folder / name, target, now_s)
         moved += 1
-    if done:
+    if over:
+        waiting = {path.name[:16] for path in folder.glob("*.points")}
         for path in folder.glob("*.frames"):
-            _move(path, target, now_s)
+            if path.name[:16] in over and path.name[:16] not in waiting:
+                _move(path, target, now_s)
     return moved
 
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import resource
+import shutil
 import signal
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.shipping import Alive, add_attempt, destination, end, open_writer, put, start
+from tests.shipping import Alive, add_attempt, destination, end, open_writer, put, shipment, start
+from tracelet import ids
 from tracelet.errors import IntegrationUnavailable
 from tracelet.exporters.base import Exporter
 from tracelet.guard import guard
@@ -508,3 +511,71 @@ def test_points_whose_name_is_damaged_go_to_the_dead_letters_and_the_rest_goes_o
     assert letters[1]["facts"]["iteration"] == 5
     assert lane.counts == (2, 2)
     assert [ended.status for ended in exporter.store.ends()] == ["FINISHED"]
+
+
+def test_points_of_a_writer_whose_opening_is_damaged_are_delivered_by_what_the_manifest_says(bench: Bench) -> None:
+    for i in range(3):
+        bench.writer.log("loss", float(i), i)
+    end(bench.writer, "FAILED")
+    (frames,) = bench.folder.glob("*.frames")
+    frames.write_bytes(frames.read_bytes().replace(b'"pid"', b'"PID"'))
+    bench.alive.dead.add(str(bench.writer.writer_id))
+    exporter = InMemoryExporter()
+    bench.settle(bench.lane(exporter))
+    assert [value for _, value, _, _ in exporter.store.points()] == [0.0, 1.0, 2.0]
+    assert [ended.status for ended in exporter.store.ends()] == ["FAILED"]
+    resource = exporter.store.in_order()[0].parts[0].opened.resource
+    assert resource["service.instance.id"] == ids.instance_id("run", bench.attempt.key, 0)
+    assert [line["what"] for line in bench.letters()] == ["damage"]
+
+
+def test_a_live_writer_whose_opening_is_damaged_is_served_too(bench: Bench) -> None:
+    bench.writer.log("loss", 1.0, 0)
+    (frames,) = bench.folder.glob("*.frames")
+    frames.write_bytes(frames.read_bytes().replace(b'"pid"', b'"PID"'))
+    exporter = InMemoryExporter()
+    lane = bench.lane(exporter)
+    bench.settle(lane)
+    bench.clock.advance(10.0)
+    bench.settle(lane)
+    assert len(exporter.store.points()) == 1
+
+
+def test_a_manifest_that_is_damaged_while_the_run_is_shipped_stops_nothing(bench: Bench) -> None:
+    exporter = InMemoryExporter()
+    lane = bench.lane(exporter)
+    bench.writer.log("loss", 1.0, 0)
+    (bench.folder / "manifest.json").write_bytes(b"{")
+    end(bench.writer)
+    bench.settle(lane)
+    assert len(exporter.store.points()) == 1
+    assert [ended.status for ended in exporter.store.ends()] == ["FINISHED"]
+
+
+def test_frames_of_a_newer_version_are_named_and_wait_and_the_run_is_not_taken_for_delivered(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench.writer.log("loss", 1.0, 0)
+    end(bench.writer)
+    (frames,) = bench.folder.glob("*.frames")
+    data = bytearray(frames.read_bytes())
+    data[8:12] = (2).to_bytes(4, "little")
+    data[32:36] = zlib.crc32(data[:32]).to_bytes(4, "little")
+    frames.write_bytes(data)
+    made = shipment(bench.folder, {"a": InMemoryExporter()}, bench.alive)
+    made.tick()
+    assert not made.is_complete()
+    assert "has format 2, this tracelet reads 1" in caplog.text
+    outcome = made.close()
+    assert not outcome.complete
+    assert "doesn't know" in outcome.reasons["memory-a"]
+
+
+def test_a_deleted_folder_is_no_news_for_a_shipper_that_is_leaving(bench: Bench) -> None:
+    bench.writer.log("loss", 1.0, 0)
+    made = shipment(bench.folder, {"a": InMemoryExporter()}, bench.alive)
+    made.tick()
+    assert not made.site.has_news()
+    made.close()
+    shutil.rmtree(bench.folder)
+    assert not made.site.has_news()  # it would take the lock again, find nothing, leave, and so on for ever

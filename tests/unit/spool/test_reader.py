@@ -174,7 +174,7 @@ def test_sealed_and_delivered_segments_are_read_as_before(tmp_path: Path) -> Non
     story = only(drain(tmp_path))
     assert story.points == points
     assert story.ended
-    assert move_delivered(tmp_path, [{name: story.position}], done=True) == 4
+    assert move_delivered(tmp_path, [{name: story.position}], over=[name]) == 4
     assert not list(tmp_path.glob("*.points"))
     assert not list(tmp_path.glob("*.frames"))
     again = only(drain(tmp_path))

@@ -172,6 +172,15 @@ def test_only_what_every_destination_has_passed_is_moved(tmp_path: Path) -> None
     assert len(only(drain(tmp_path)).points) == 200
 
 
+def test_frames_of_a_writer_that_has_just_come_are_not_moved_with_those_of_a_run_that_is_over(tmp_path: Path) -> None:
+    name = sealed(tmp_path)
+    newcomer = pen(tmp_path)
+    newcomer.log("loss", 1.0, 0)
+    assert move_delivered(tmp_path, [{name: Position(5, 0)}], over=[name]) == 4
+    assert [path.name[:16] for path in tmp_path.glob("*.frames")] == [newcomer.writer_id]
+    assert [path.name[:16] for path in (tmp_path / "delivered").glob("*.frames")] == [name]
+
+
 def test_delivered_files_go_by_age_and_size_oldest_first(tmp_path: Path) -> None:
     for folder, names in (("a", (1, 3)), ("b", (2, 4))):
         place = tmp_path / folder / "delivered"
