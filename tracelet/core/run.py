@@ -68,10 +68,12 @@ class Ticket:
     grace_s: float
     environ: Mapping[str, str] = field(default_factory=dict, repr=False)  # as it was at the start
     secrets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)
+    secrets_left_out: bool = False
 
     def without_secrets(self) -> Ticket:
         """The same, fit to be pickled: the process that unpickles it has an environment of its own."""
-        return replace(self, secrets={}, environ={})
+        left_out = self.secrets_left_out or bool(self.secrets)
+        return replace(self, secrets={}, environ={}, secrets_left_out=left_out)
 
 
 class Run:
@@ -175,7 +177,24 @@ class Run:
 
     @classmethod
     def join(cls, ticket: Ticket) -> Run:
-        """Take part in an attempt another process began: records go into files of this process's own."""
+        """Take part in an attempt another process began: records go into files of this process's own.
+
+        Raises:
+            SpoolError: the run began on another host, or its folder is gone.
+        """
+        folder = Path(ticket.folder)
+        why = None
+        if folder != store.run_folder(folder.parent.parent, ticket.run_id):
+            why = f"began on another host or before a restart of this one ({folder.name})"
+        elif store.read_manifest(folder) is None:
+            why = f"has no folder any more ({folder})"
+        if why is not None:
+            raise SpoolError(
+                f"run {ticket.run_id} {why}, so this process can't write into it; to add to the run, start it here"
+                f" with run_id={ticket.run_id!r}",
+                run_id=ticket.run_id,
+                folder=ticket.folder,
+            )
         run = cls(ticket, "child")
         process.enter(run, drain_on_sigterm=False)
         return run
@@ -219,6 +238,9 @@ class Run:
 
     def _opening(self, role: str) -> tuple[int, bytes]:
         ticket = self.ticket
+        if self._role != "first":
+            with guard("see to a shipper"):
+                self._serve()  # the run may have ended, and its shipper left; a new one finds what comes now
         return codec.encode(
             WriterOpened(
                 time_unix_nano=time.time_ns(),
@@ -250,18 +272,27 @@ class Run:
         return self._progress
 
     def _serve(self) -> None:
-        """See that something ships this folder: the shipper process, and for the console a thread of this one."""
+        """See that something ships this folder: the shipper process, and for the console a thread of the first one."""
         ticket = self.ticket
         if ticket.shipper != "process":
             return
         here = [d for d in ticket.destinations if d.get("in_process")]
-        if here and self._in_process is None:
+        if here and self._in_process is None and self._role == "first":
             module = import_module("tracelet.shipper.inprocess")
             self._in_process = module.start(self.folder, here, ticket.secrets, ticket.environ)
         if len(here) == len(ticket.destinations) or lease.shipper_alive(self.folder) is not None:
             return
         if self._shipper is not None and not self._shipper.has_ended():
             return  # on its way to the lock
+        if ticket.secrets_left_out:
+            guard.limited(
+                "start the shipper",
+                "run %s: no shipper serves it, and this process can't start one: its credentials were given as"
+                " arguments, and don't travel. What is logged here waits in the spool: tracelet ship %s",
+                ticket.run_id,
+                self.folder,
+            )
+            return
         try:
             self._shipper = launch.start_shipper(self.folder, ticket.secrets, environ=ticket.environ or os.environ)
         except OSError as error:
@@ -381,6 +412,8 @@ class Run:
         process.leave(self)
         if first:
             self._wait_after_end(record.seen_by, timeout_s)
+        elif self.writer.writer_id is not None:
+            self._serve()  # the run's own shipper may be gone
         if self._in_process is not None:
             self._in_process.stop(5.0)
 
