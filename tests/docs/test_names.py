@@ -102,7 +102,7 @@ def test_the_examples_of_a_module_run(name: str, tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     module = import_module(name)
     names: dict[str, object] = {}
-    if name in {"tracelet.core.experiment", "tracelet.core.run"}:
+    if name in {"tracelet.core.experiment", "tracelet.core.run", "tracelet.core.delivery"}:
         (tmp_path / "model.bin").write_bytes(os.urandom(16))
         names["exp"] = Experiment("docstrings", project="docs", backend="file").start()
     # Not doctest.testmod: it would skip what `__wrapped__` hides, and share one namespace with the module.

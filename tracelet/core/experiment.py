@@ -13,8 +13,10 @@ from typing import Any
 
 from tracelet import backends, settings
 from tracelet.core import process, spans, values
+from tracelet.core.delivery import Stats
 from tracelet.core.process import Ending
-from tracelet.core.run import Run, Stats, Ticket, closed_error
+from tracelet.core.run import Run, closed_error
+from tracelet.core.ticket import Ticket
 from tracelet.errors import ConfigError, InvalidValue
 from tracelet.guard import logger
 from tracelet.records import FAILED, FINISHED, KILLED, ParamsLogged, Scalar, TagsSet
@@ -369,7 +371,7 @@ class Experiment:
     @property
     def stats(self) -> Stats:
         """How many points were logged, shipped, are waiting, were refused; see `Stats`. Reads small files."""
-        return Stats(0, 0, 0, 0) if self._run is None else self._run.stats()
+        return Stats(0, 0, 0, 0) if self._run is None else self._run.delivery.stats()
 
     def flush(self, timeout: float | None = 30.0) -> bool:
         """Wait until all that was logged before is delivered everywhere; whether it was, within `timeout` seconds.
@@ -380,14 +382,14 @@ class Experiment:
 
     def links(self, timeout: float = 0) -> dict[str, str]:
         """Each destination's address of the run, as far as known within `timeout` seconds: {"mlflow": "http://..."}."""
-        return {} if self._run is None else self._run.links(timeout)
+        return {} if self._run is None else self._run.delivery.links(timeout)
 
     def backend_run_id(self, backend: str = "mlflow", timeout: float = 30) -> str | None:
         """The run's id at a backend, None if it is not known within `timeout` seconds."""
-        return self._started(closed=True).backend_run_id(backend, timeout)
+        return self._started(closed=True).delivery.backend_run_id(backend, timeout)
 
     @contextmanager
-    def mlflow(self, timeout: float = 30) -> Iterator[Any]:
+    def mlflow(self, timeout: float = 120) -> Iterator[Any]:
         """Make the run MLflow's active run for a block, so that `mlflow.sklearn.log_model(...)` and the like go to it.
 
         Yields MLflow's own `ActiveRun`. The run's status stays ours; MLflow's own active run and tracking address
@@ -399,12 +401,18 @@ class Experiment:
         """
         run = self._started()
         found = [d for d in run.ticket.destinations if d["kind"] == "mlflow"]
-        run_id = run.backend_run_id("mlflow", timeout)
-        if not found or run_id is None:
-            why = "goes to no MLflow" if not found else f"is not known to MLflow after {timeout} s"
-            raise ConfigError(f"exp.mlflow(): run {run.ticket.run_id} {why}", run_id=run.ticket.run_id)
-        uri = backends.tracking_uri(found[0], run.ticket.secrets)
+        if not found:
+            raise ConfigError(f"exp.mlflow(): run {run.ticket.run_id} goes to no MLflow", run_id=run.ticket.run_id)
         active = import_module("tracelet.exporters.mlflow.active")
+        active.need_mlflow()  # while the shipper, which imports it too, makes the run
+        run_id = run.delivery.backend_run_id("mlflow", timeout)
+        if run_id is None:
+            raise ConfigError(
+                f"exp.mlflow(): run {run.ticket.run_id} is not known to MLflow after {timeout} s;"
+                f" `tracelet ship {run.folder}` says why",
+                run_id=run.ticket.run_id,
+            )
+        uri = backends.tracking_uri(found[0], run.ticket.secrets)
         with active.active_run(uri, run_id) as theirs:
             yield theirs
 

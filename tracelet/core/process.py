@@ -40,10 +40,6 @@ class Member(Protocol):
     def process_ends(self, ending: Ending) -> None:
         """The program is over; say so in the spool, and wait as long as the promise of exit allows."""
 
-    @property
-    def outlived(self) -> bool:
-        """Whether something else will deliver after this process is gone."""
-
 
 _members: list[Member] = []
 _lock = threading.RLock()

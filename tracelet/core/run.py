@@ -1,19 +1,20 @@
-"""One attempt as this process takes part in it: its folder, its pen, its shipper, and how far delivery has come."""
+"""One attempt as this process takes part in it: its beginning, its records, its end."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from importlib import import_module
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tracelet import codec, ids, launch
+from tracelet import codec, ids
 from tracelet.collectors import environment
 from tracelet.core import artifacts, process, values
+from tracelet.core.delivery import Delivery
 from tracelet.core.process import Ending
+from tracelet.core.ticket import Ticket
 from tracelet.errors import RunClosed, SpoolError
 from tracelet.guard import guard, logger
 from tracelet.records import (
@@ -21,59 +22,15 @@ from tracelet.records import (
     MetricNamed,
     Record,
     RunStarted,
-    Scalar,
     TagsSet,
     WriterEnded,
     WriterOpened,
 )
 from tracelet.settings import Settings
-from tracelet.spool import lease, store
-from tracelet.spool.cursor import Progress
+from tracelet.spool import store
 from tracelet.spool.writer import Writer
 
-__all__ = ["Run", "Stats", "Ticket", "closed_error"]
-
-POLL_S = 0.02  # how often a waiting caller looks at the journals
-OUTLIVED_WAIT_S = 2.0  # stop() and exit, where the shipper goes on by itself
-STALLED_S = 30.0  # and where it can't: give up after this long without progress
-
-
-@dataclass(frozen=True, slots=True)
-class Stats:
-    """How many points this process logged, and how far they have come.
-
-    `logged`: by this process; `shipped`: delivered to the slowest destination, for the whole run on this host;
-    `waiting`: logged and not yet shipped; `refused`: by the spool (no room) or, for good, by a destination.
-    """
-
-    logged: int
-    shipped: int
-    waiting: int
-    refused: int
-
-
-@dataclass(frozen=True, slots=True)
-class Ticket:
-    """All that another process needs to write into the same attempt; what a pickled experiment carries."""
-
-    folder: str
-    run_id: str
-    attempt_key: str
-    attempt_started_unix_nano: int
-    rank: int
-    resource: Mapping[str, Scalar]
-    destinations: tuple[Mapping[str, Any], ...]
-    shipper: str
-    max_bytes: int | None
-    grace_s: float
-    environ: Mapping[str, str] = field(default_factory=dict, repr=False)  # as it was at the start
-    secrets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)
-    secrets_left_out: bool = False
-
-    def without_secrets(self) -> Ticket:
-        """The same, fit to be pickled: the process that unpickles it has an environment of its own."""
-        left_out = self.secrets_left_out or bool(self.secrets)
-        return replace(self, secrets={}, environ={}, secrets_left_out=left_out)
+__all__ = ["Run", "closed_error"]
 
 
 class Run:
@@ -85,11 +42,6 @@ class Run:
         self._role = role
         self.closed = False
         self.refused_records = 0  # params, tags, spans, artifacts for which there was no room
-        self._cannot_outlive = launch.can_outlive(ticket.environ or os.environ)
-        self._progress: Progress | None = None
-        self._in_process: Any = None
-        self._shipper: launch.ShipperProcess | None = None
-        self._links_told: set[str] = set()
         self.writer = Writer(
             self.folder,
             role=role,
@@ -102,6 +54,7 @@ class Run:
             max_bytes=ticket.max_bytes,
             repeated_without_iteration=_warn_no_iteration,
         )
+        self.delivery = Delivery(ticket, self.writer, first=role == "first")
 
     # ---- begin and join -----------------------------------------------------------------------------------------
 
@@ -171,8 +124,8 @@ class Run:
         )
         if tags:
             run.put(TagsSet(now, dict(tags)))
-        run._serve()
-        process.enter(run, drain_on_sigterm=not run.outlived and settings.shipper != "off")
+        run.delivery.serve()
+        process.enter(run, drain_on_sigterm=not run.delivery.outlived and settings.shipper != "off")
         return run
 
     @classmethod
@@ -240,7 +193,7 @@ class Run:
         ticket = self.ticket
         if self._role != "first":
             with guard("see to a shipper"):
-                self._serve()  # the run may have ended, and its shipper left; a new one finds what comes now
+                self.delivery.serve()  # the run may have ended, and its shipper left; a new one finds what comes now
         return codec.encode(
             WriterOpened(
                 time_unix_nano=time.time_ns(),
@@ -257,140 +210,15 @@ class Run:
         """What a call on the stopped run raises."""
         return closed_error(self.ticket.run_id)
 
-    # ---- delivery -----------------------------------------------------------------------------------------------
-
-    @property
-    def outlived(self) -> bool:
-        """Whether the shipper goes on after this process is gone."""
-        return self._cannot_outlive is None
-
-    @property
-    def progress(self) -> Progress:
-        """How far each destination is; as of the last `refresh()`."""
-        if self._progress is None:
-            self._progress = Progress(self.folder)
-        return self._progress
-
-    def _serve(self) -> None:
-        """See that something ships this folder: the shipper process, and for the console a thread of the first one."""
-        ticket = self.ticket
-        if ticket.shipper != "process":
-            return
-        here = [d for d in ticket.destinations if d.get("in_process")]
-        if here and self._in_process is None and self._role == "first":
-            module = import_module("tracelet.shipper.inprocess")
-            self._in_process = module.start(self.folder, here, ticket.secrets, ticket.environ)
-        if len(here) == len(ticket.destinations) or lease.shipper_alive(self.folder) is not None:
-            return
-        if self._shipper is not None and not self._shipper.has_ended():
-            return  # on its way to the lock
-        if ticket.secrets_left_out:
-            guard.limited(
-                "start the shipper",
-                "run %s: no shipper serves it, and this process can't start one: its credentials were given as"
-                " arguments, and don't travel. What is logged here waits in the spool: tracelet ship %s",
-                ticket.run_id,
-                self.folder,
-            )
-            return
-        try:
-            self._shipper = launch.start_shipper(self.folder, ticket.secrets, environ=ticket.environ or os.environ)
-        except OSError as error:
-            guard.limited(
-                "start the shipper",
-                "no shipper process could be started (%s); the data waits in the spool: tracelet ship %s",
-                error,
-                self.folder,
-            )
-
-    def wait(
-        self,
-        reached: Callable[[Progress], bool],
-        *,
-        timeout_s: float | None = None,
-        stalled_s: float | None = None,
-    ) -> bool:
-        """Wait until `reached`, at most `timeout_s`, and at most `stalled_s` without any progress; whether it was."""
-        started = moved = time.monotonic()
-        looked_after = started
-        before: object = None
-        while True:
-            progress = self.progress
-            progress.refresh()
-            if reached(progress):
-                return True
-            now = time.monotonic()
-            state = [(dict(d.positions), d.refused, dict(d.done)) for d in progress.destinations.values()]
-            if state != before:
-                before, moved = state, now
-            if timeout_s is not None and now - started >= timeout_s:
-                return False
-            if stalled_s is not None and now - moved >= stalled_s:
-                return False
-            if now - looked_after > 1.0:
-                looked_after = now
-                self._serve()  # a shipper that was killed is replaced
-            time.sleep(POLL_S)
-
     def flush(self, timeout_s: float | None) -> bool:
-        """Whether all that was logged before is delivered to every destination, within `timeout_s`."""
-        if not self.ticket.destinations:
-            return False
+        """Whether all that was logged before is delivered everywhere within `timeout_s`; it is on the disk in any case.
+
+        The disk itself: what was flushed survives the loss of power too.
+        """
         if not self.closed:
             self.put(FlushAsked(time.time_ns()))
-        heads = self.writer.heads()
-        done = self.wait(lambda p: all(p.reached(head) for head in heads), timeout_s=timeout_s)
-        self.tell_links()
-        return done
-
-    def links(self, timeout_s: float) -> dict[str, str]:
-        """Each destination's address of the run, by the destination's kind, as far as known within `timeout_s`."""
-        wanted = [d for d in self.ticket.destinations if d["kind"] not in ("console", "file")]
-        self.wait(lambda p: all(_memory(p, d["id"]).get("link") for d in wanted), timeout_s=timeout_s)
-        self.tell_links()
-        found = {}
-        for destination in self.ticket.destinations:
-            link = _memory(self.progress, destination["id"]).get("link")
-            if link:
-                name = destination["kind"] if destination["kind"] not in found else destination["id"]
-                found[name] = str(link)
-        return found
-
-    def tell_links(self) -> None:
-        """Log each destination's address of the run, once, when it is known."""
-        for destination in self.ticket.destinations:
-            link = _memory(self.progress, destination["id"]).get("link")
-            if link and destination["id"] not in self._links_told:
-                self._links_told.add(destination["id"])
-                logger.info("run %s in %s: %s", self.ticket.run_id, destination["kind"], link)
-
-    def backend_run_id(self, kind: str, timeout_s: float) -> str | None:
-        """The run's id at the first destination of `kind`, None if it is not known within `timeout_s`."""
-        found = [d["id"] for d in self.ticket.destinations if d["kind"] == kind]
-        if not found:
-            return None
-        self.wait(lambda p: bool(_memory(p, found[0]).get("run_id")), timeout_s=timeout_s)
-        run_id = _memory(self.progress, found[0]).get("run_id")
-        return None if run_id is None else str(run_id)
-
-    def stats(self) -> Stats:
-        """Counts as of now; reads what the journals appended since the last look."""
-        counts = self.writer.counts()
-        self.progress.refresh()
-        at = [
-            self.progress.destinations[d["id"]]
-            for d in self.ticket.destinations
-            if d["id"] in self.progress.destinations
-        ]
-        known = len(at) == len(self.ticket.destinations) and bool(at)
-        shipped = min(d.delivered for d in at) if known else 0
-        refused_there = max((d.refused for d in at), default=0)
-        return Stats(
-            logged=counts.points,
-            shipped=shipped,
-            waiting=max(0, counts.points - shipped - refused_there),
-            refused=counts.refused + refused_there,
-        )
+            self.writer.sync()
+        return self.delivery.all_delivered(timeout_s)
 
     # ---- end ----------------------------------------------------------------------------------------------------
 
@@ -403,62 +231,14 @@ class Run:
         record = WriterEnded(
             time_unix_nano=time.time_ns(),
             status=ending.status if first else None,
-            seen_by=ending.seen_by if self.outlived or ending.seen_by != "exit" else "exit-final",
+            seen_by=ending.seen_by if self.delivery.outlived or ending.seen_by != "exit" else "exit-final",
             error=ending.error if first else None,
             exit_code=ending.exit_code if first else None,
         )
         kind, payload = codec.encode(record)
         self.writer.end(kind, payload, record.time_unix_nano)
         process.leave(self)
-        if first:
-            self._wait_after_end(record.seen_by, timeout_s)
-        elif self.writer.writer_id is not None:
-            self._serve()  # the run's own shipper may be gone
-        if self._in_process is not None:
-            self._in_process.stop(5.0)
-
-    def _wait_after_end(self, seen_by: str, timeout_s: float | None) -> None:
-        ticket = self.ticket
-        if not ticket.destinations or ticket.shipper != "process":
-            return
-        self._serve()
-        heads = self.writer.heads()
-        provisional = seen_by in ("exit", "exit-code")
-
-        def reached(progress: Progress) -> bool:
-            if provisional:  # the rest comes after this process is gone
-                return all(progress.reached(head) for head in heads)
-            return all(
-                d["id"] in progress.destinations and ticket.attempt_key in progress.destinations[d["id"]].done
-                for d in ticket.destinations
-            )
-
-        if self.outlived:
-            done = self.wait(reached, timeout_s=OUTLIVED_WAIT_S if timeout_s is None else timeout_s)
-        elif seen_by == "signal":
-            done = self.wait(reached, timeout_s=ticket.grace_s)
-        else:
-            done = self.wait(reached, timeout_s=timeout_s, stalled_s=STALLED_S)
-        self.tell_links()
-        if not done:
-            self._tell_rest()
-
-    def _tell_rest(self) -> None:
-        waiting = self.stats().waiting
-        what = f"{waiting:,} points" if waiting else "the end of the run"
-        where = ", ".join(d["kind"] for d in self.ticket.destinations)
-        if self.outlived:
-            logger.warning(
-                "run %s: %s still on the way to %s; the shipper goes on in the background."
-                " If this machine goes down first: tracelet ship %s",
-                self.ticket.run_id, what, where, self.folder,
-            )  # fmt: skip
-        else:
-            logger.warning(
-                "run %s: %s not delivered to %s, and nothing outlives this process here (%s)."
-                " The data is safe in the spool; deliver it with: tracelet ship %s",
-                self.ticket.run_id, what, where, self._cannot_outlive, self.folder,
-            )  # fmt: skip
+        self.delivery.after_end(record.seen_by, timeout_s)
 
     # ---- what the process tells us ------------------------------------------------------------------------------
 
@@ -466,9 +246,7 @@ class Run:
         """In a forked child: own files at the first record, no status, nobody to wait for."""
         self.writer.after_fork_in_child()
         self._role = "child"
-        self._progress = None
-        self._in_process = None
-        self._shipper = None
+        self.delivery = Delivery(self.ticket, self.writer, first=False)
 
     def process_ends(self, ending: Ending) -> None:
         """The program is over without `stop()`."""
@@ -492,8 +270,3 @@ def _warn_no_iteration(name: str) -> None:
         " Pass iteration=, or call set_iteration() once a step",
         name,
     )
-
-
-def _memory(progress: Progress, destination_id: str) -> Mapping[str, Any]:
-    found = progress.destinations.get(destination_id)
-    return found.memory if found is not None else {}

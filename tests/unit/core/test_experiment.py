@@ -502,3 +502,25 @@ def test_log_messages_of_a_run_come_from_the_tracelet_logger(
         pass
     assert {record.name.split(".")[0] for record in caplog.records} == {"tracelet"}
     assert capsys.readouterr() == ("", "")
+
+
+def dirty_kb_of_points(folder: Path) -> int:
+    """How much of this process's mapped segments the disk has not seen, as the kernel has it."""
+    total, ours = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split(" ", 1)[0]:
+            ours = line.endswith(".points") and str(folder) in line
+        elif ours and line.startswith(("Shared_Dirty:", "Private_Dirty:")):
+            total += int(line.split()[1])
+    return total
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux tells which pages are dirty")
+def test_flush_brings_what_was_logged_to_the_disk_itself(spool: Path) -> None:
+    with Experiment("power", backend="file") as exp:
+        exp.log_metric("loss", 1.0, iteration=0)
+        before = dirty_kb_of_points(spool)
+        exp.flush(timeout=0)
+        after = dirty_kb_of_points(spool)
+    assert before > 0
+    assert after == 0

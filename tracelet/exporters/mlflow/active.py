@@ -12,7 +12,21 @@ from typing import Any
 
 from tracelet.errors import ExportError, IntegrationUnavailable
 
-__all__ = ["active_run"]
+__all__ = ["active_run", "need_mlflow"]
+
+
+def need_mlflow() -> None:
+    """Import mlflow, which takes some seconds the first time.
+
+    Raises:
+        IntegrationUnavailable: it is not installed.
+    """
+    try:
+        import mlflow  # noqa: F401
+    except ImportError as error:
+        raise IntegrationUnavailable(
+            "exp.mlflow() needs mlflow here: install tracelet-otel[mlflow]", package="mlflow"
+        ) from error
 
 
 @contextmanager
@@ -27,14 +41,11 @@ def active_run(tracking_uri: str, run_id: str) -> Iterator[Any]:
         IntegrationUnavailable: mlflow is not installed.
         ExportError: MLflow does not have the run, or can't be reached.
     """
-    try:
-        import mlflow
-        from mlflow.tracking import fluent as untyped_fluent
-        from mlflow.tracking._tracking_service import utils as tracking_service
-    except ImportError as error:
-        raise IntegrationUnavailable(
-            "exp.mlflow() needs mlflow here: install tracelet-otel[mlflow]", package="mlflow"
-        ) from error
+    need_mlflow()
+    import mlflow
+    from mlflow.tracking import fluent as untyped_fluent
+    from mlflow.tracking._tracking_service import utils as tracking_service
+
     # mlflow.start_run(run_id=...) would write to the run, refuse it where another experiment is set or a run is active,
     # and end it on leaving (so it would be FINISHED while we still write). What it does to make a run active is to put
     # it on this stack; there is no public way to do only that.

@@ -1,0 +1,241 @@
+"""How far delivery has come, as training sees it: the shipper it starts, the waiting, the counts and addresses."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from tracelet import launch
+from tracelet.core.ticket import Ticket
+from tracelet.guard import guard, logger
+from tracelet.spool import lease
+from tracelet.spool.cursor import Progress
+from tracelet.spool.writer import Writer
+
+__all__ = ["Delivery", "Stats"]
+
+POLL_S = 0.02  # how often a waiting caller looks at the journals
+OUTLIVED_WAIT_S = 2.0  # stop() and exit, where the shipper goes on by itself
+STALLED_S = 30.0  # and where it can't: give up after this long without progress
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """How many points this process logged, and how far they have come.
+
+    `logged`: by this process; `shipped`: delivered to the slowest destination, for the whole run on this host;
+    `waiting`: logged and not yet shipped; `refused`: by the spool (no room) or, for good, by a destination.
+    """
+
+    logged: int
+    shipped: int
+    waiting: int
+    refused: int
+
+
+class Delivery:
+    """The way of one attempt's records out of this process."""
+
+    def __init__(self, ticket: Ticket, writer: Writer, *, first: bool) -> None:
+        self._ticket = ticket
+        self._folder = Path(ticket.folder)
+        self._writer = writer
+        self._first = first  # this process began the attempt
+        self._cannot_outlive = launch.can_outlive(ticket.environ or os.environ)
+        self._progress: Progress | None = None
+        self._in_process: Any = None
+        self._shipper: launch.ShipperProcess | None = None
+        self._links_told: set[str] = set()
+
+    @property
+    def outlived(self) -> bool:
+        """Whether the shipper goes on after this process is gone."""
+        return self._cannot_outlive is None
+
+    @property
+    def progress(self) -> Progress:
+        """How far each destination is; as of the last `refresh()`."""
+        if self._progress is None:
+            self._progress = Progress(self._folder)
+        return self._progress
+
+    def serve(self) -> None:
+        """See that something ships this folder: the shipper process, and for the console a thread of the first one."""
+        ticket = self._ticket
+        if ticket.shipper != "process":
+            return
+        here = [d for d in ticket.destinations if d.get("in_process")]
+        if here and self._in_process is None and self._first:
+            module = import_module("tracelet.shipper.inprocess")
+            self._in_process = module.start(self._folder, here, ticket.secrets, ticket.environ)
+        if len(here) == len(ticket.destinations) or lease.shipper_alive(self._folder) is not None:
+            return
+        if self._shipper is not None and not self._shipper.has_ended():
+            return  # on its way to the lock
+        if ticket.secrets_left_out:
+            guard.limited(
+                "start the shipper",
+                "run %s: no shipper serves it, and this process can't start one: its credentials were given as"
+                " arguments, and don't travel. What is logged here waits in the spool: tracelet ship %s",
+                ticket.run_id,
+                self._folder,
+            )
+            return
+        try:
+            self._shipper = launch.start_shipper(self._folder, ticket.secrets, environ=ticket.environ or os.environ)
+        except OSError as error:
+            guard.limited(
+                "start the shipper",
+                "no shipper process could be started (%s); the data waits in the spool: tracelet ship %s",
+                error,
+                self._folder,
+            )
+
+    def wait(
+        self,
+        reached: Callable[[Progress], bool],
+        *,
+        timeout_s: float | None = None,
+        stalled_s: float | None = None,
+    ) -> bool:
+        """Wait until `reached`, at most `timeout_s`, and at most `stalled_s` without any progress; whether it was."""
+        started = moved = time.monotonic()
+        looked_after = started
+        before: object = None
+        while True:
+            progress = self.progress
+            progress.refresh()
+            if reached(progress):
+                return True
+            now = time.monotonic()
+            state = [(dict(d.positions), d.refused, dict(d.done)) for d in progress.destinations.values()]
+            if state != before:
+                before, moved = state, now
+            if timeout_s is not None and now - started >= timeout_s:
+                return False
+            if stalled_s is not None and now - moved >= stalled_s:
+                return False
+            if now - looked_after > 1.0:
+                looked_after = now
+                self.serve()  # a shipper that was killed is replaced
+            time.sleep(POLL_S)
+
+    def all_delivered(self, timeout_s: float | None) -> bool:
+        """Whether all that was logged before is delivered to every destination, within `timeout_s`."""
+        if not self._ticket.destinations:
+            return False
+        heads = self._writer.heads()
+        done = self.wait(lambda p: all(p.reached(head) for head in heads), timeout_s=timeout_s)
+        self.tell_links()
+        return done
+
+    def links(self, timeout_s: float) -> dict[str, str]:
+        """Each destination's address of the run, by the destination's kind, as far as known within `timeout_s`."""
+        wanted = [d for d in self._ticket.destinations if d["kind"] not in ("console", "file")]
+        self.wait(lambda p: all(_memory(p, d["id"]).get("link") for d in wanted), timeout_s=timeout_s)
+        self.tell_links()
+        found = {}
+        for destination in self._ticket.destinations:
+            link = _memory(self.progress, destination["id"]).get("link")
+            if link:
+                name = destination["kind"] if destination["kind"] not in found else destination["id"]
+                found[name] = str(link)
+        return found
+
+    def tell_links(self) -> None:
+        """Log each destination's address of the run, once, when it is known."""
+        for destination in self._ticket.destinations:
+            link = _memory(self.progress, destination["id"]).get("link")
+            if link and destination["id"] not in self._links_told:
+                self._links_told.add(destination["id"])
+                logger.info("run %s in %s: %s", self._ticket.run_id, destination["kind"], link)
+
+    def backend_run_id(self, kind: str, timeout_s: float) -> str | None:
+        """The run's id at the first destination of `kind`, None if it is not known within `timeout_s`."""
+        found = [d["id"] for d in self._ticket.destinations if d["kind"] == kind]
+        if not found:
+            return None
+        self.wait(lambda p: bool(_memory(p, found[0]).get("run_id")), timeout_s=timeout_s)
+        run_id = _memory(self.progress, found[0]).get("run_id")
+        return None if run_id is None else str(run_id)
+
+    def stats(self) -> Stats:
+        """Counts as of now; reads what the journals appended since the last look."""
+        counts = self._writer.counts()
+        self.progress.refresh()
+        at = [
+            self.progress.destinations[d["id"]]
+            for d in self._ticket.destinations
+            if d["id"] in self.progress.destinations
+        ]
+        known = len(at) == len(self._ticket.destinations) and bool(at)
+        shipped = min(d.delivered for d in at) if known else 0
+        refused_there = max((d.refused for d in at), default=0)
+        return Stats(
+            logged=counts.points,
+            shipped=shipped,
+            waiting=max(0, counts.points - shipped - refused_there),
+            refused=counts.refused + refused_there,
+        )
+
+    def after_end(self, seen_by: str, timeout_s: float | None) -> None:
+        """Wait as long as the promise of `stop` says after END was written, and tell what is left."""
+        if self._first:
+            self._wait_after_end(seen_by, timeout_s)
+        elif self._writer.writer_id is not None:
+            self.serve()  # the run's own shipper may be gone
+        if self._in_process is not None:
+            self._in_process.stop(5.0)
+
+    def _wait_after_end(self, seen_by: str, timeout_s: float | None) -> None:
+        ticket = self._ticket
+        if not ticket.destinations or ticket.shipper != "process":
+            return
+        self.serve()
+        heads = self._writer.heads()
+        provisional = seen_by in ("exit", "exit-code")
+
+        def reached(progress: Progress) -> bool:
+            if provisional:  # the rest comes after this process is gone
+                return all(progress.reached(head) for head in heads)
+            return all(
+                d["id"] in progress.destinations and ticket.attempt_key in progress.destinations[d["id"]].done
+                for d in ticket.destinations
+            )
+
+        if self.outlived:
+            done = self.wait(reached, timeout_s=OUTLIVED_WAIT_S if timeout_s is None else timeout_s)
+        elif seen_by == "signal":
+            done = self.wait(reached, timeout_s=ticket.grace_s)
+        else:
+            done = self.wait(reached, timeout_s=timeout_s, stalled_s=STALLED_S)
+        self.tell_links()
+        if not done:
+            self._tell_rest()
+
+    def _tell_rest(self) -> None:
+        waiting = self.stats().waiting
+        what = f"{waiting:,} points" if waiting else "the end of the run"
+        where = ", ".join(d["kind"] for d in self._ticket.destinations)
+        if self.outlived:
+            logger.warning(
+                "run %s: %s still on the way to %s; the shipper goes on in the background."
+                " If this machine goes down first: tracelet ship %s",
+                self._ticket.run_id, what, where, self._folder,
+            )  # fmt: skip
+        else:
+            logger.warning(
+                "run %s: %s not delivered to %s, and nothing outlives this process here (%s)."
+                " The data is safe in the spool; deliver it with: tracelet ship %s",
+                self._ticket.run_id, what, where, self._cannot_outlive, self._folder,
+            )  # fmt: skip
+
+
+def _memory(progress: Progress, destination_id: str) -> Mapping[str, Any]:
+    found = progress.destinations.get(destination_id)
+    return found.memory if found is not None else {}

@@ -1,0 +1,35 @@
+"""What another process needs to write into an attempt; a pickled experiment carries it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tracelet.records import Scalar
+
+__all__ = ["Ticket"]
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """All that another process needs to write into the same attempt; what a pickled experiment carries."""
+
+    folder: str
+    run_id: str
+    attempt_key: str
+    attempt_started_unix_nano: int
+    rank: int
+    resource: Mapping[str, Scalar]
+    destinations: tuple[Mapping[str, Any], ...]
+    shipper: str
+    max_bytes: int | None
+    grace_s: float
+    environ: Mapping[str, str] = field(default_factory=dict, repr=False)  # as it was at the start
+    secrets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)
+    secrets_left_out: bool = False
+
+    def without_secrets(self) -> Ticket:
+        """The same, fit to be pickled: the process that unpickles it has an environment of its own."""
+        left_out = self.secrets_left_out or bool(self.secrets)
+        return replace(self, secrets={}, environ={}, secrets_left_out=left_out)
