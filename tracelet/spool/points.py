@@ -332,6 +332,8 @@ def fuse(  # noqa: PLR0915 - one scope, because its cell is what makes a call co
 
     Order of work, each with its reason:
     1. Conversion and name before the slot: a tensor's `__float__` may wait 20 ms or raise, and would hold a slot open.
+       The iteration alone is left to `pack_into`, which takes what has an `__index__` and lets through what that
+       raises; to ask for its type here as well cost 5 ns a call.
     2. One read of the cell: a roll or a fork in between can't mix two segments.
     3. The slot by `for ... in slots`. Between taking it and the end of `pack_into` the interpreter looks neither at
        signals nor at other threads (it does so at calls' ends and at backward jumps), so nothing can come between.
@@ -345,13 +347,10 @@ def fuse(  # noqa: PLR0915 - one scope, because its cell is what makes a call co
     def log(name: str, value: object, iteration: int | None = None) -> None:
         if type(value) is not float:
             value = seldom.to_float(name, value)
-        if type(iteration) is not int:
+        if iteration is None:
+            iteration = seldom.current
             if iteration is None:
-                iteration = seldom.current
-                if iteration is None:
-                    iteration = seldom.without_iteration(name)
-            else:
-                iteration = seldom.to_iteration(iteration)
+                iteration = seldom.without_iteration(name)
         now = _time_ns()
         words, slots, buffer = cell
         try:

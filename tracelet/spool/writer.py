@@ -235,7 +235,7 @@ class Writer:
         main = self._sets.get(0)
         if type(name) is not str or main is None or name not in main.ids:
             name = self._check_name(name)
-        if iteration not in _INT64:
+        if type(iteration) is not int or iteration not in _INT64:  # a float in a range is looked for one by one
             iteration = self._to_iteration(iteration)
         if time.monotonic() < self._retry_at:
             self._refused += 1

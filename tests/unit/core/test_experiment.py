@@ -524,3 +524,34 @@ def test_flush_brings_what_was_logged_to_the_disk_itself(spool: Path) -> None:
         after = dirty_kb_of_points(spool)
     assert before > 0
     assert after == 0
+
+
+@pytest.mark.parametrize("iteration", [3.0, "3", np.float64(3), 2**63, -(2**63) - 1, [3]])
+def test_iteration_that_is_no_integer_of_64_bits_is_refused_and_leaves_no_open_slot(
+    spool: Path, iteration: object
+) -> None:
+    with Experiment("iteration", backend="file") as exp:
+        exp.log_metric("loss", 0.0, iteration=0)
+        with pytest.raises(tracelet.InvalidValue, match="iteration"):
+            exp.log_metric("loss", 1.0, iteration=iteration)  # type: ignore[arg-type]
+        with pytest.raises(tracelet.InvalidValue, match="iteration"):
+            exp.log_metric("new", 1.0, iteration=iteration)  # type: ignore[arg-type]
+    found = read(folder_of(spool))
+    assert found.values("loss") == [(0, 0.0)]
+    assert found.values("new") == []
+    assert found.open_slots == 0
+
+
+def test_what_the_index_of_an_iteration_raises_passes_through_unchanged(spool: Path) -> None:
+    class Tensor:
+        def __index__(self) -> int:
+            raise RuntimeError("CUDA error")
+
+    with Experiment("index", backend="file") as exp:
+        exp.log_metric("loss", 0.0, iteration=np.int64(7))  # type: ignore[arg-type]
+        with pytest.raises(RuntimeError, match="CUDA error"):
+            exp.log_metric("loss", 1.0, iteration=Tensor())  # type: ignore[arg-type]
+        exp.log_metric("loss", 2.0, iteration=True)
+    found = read(folder_of(spool))
+    assert found.values("loss") == [(7, 0.0), (1, 2.0)]
+    assert found.open_slots == 0
