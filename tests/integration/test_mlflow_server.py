@@ -388,10 +388,10 @@ def test_one_refused_thing_does_not_keep_the_rest_of_its_request_out(
     mlflow_server: MlflowServer, run: RunInfo, proxy: Proxy
 ) -> None:
     exporter = opened_exporter(proxy.uri, run)
-    proxy.rule = refusing(b"bad")
+    proxy.rule = refusing(b"wrong")
     params = {("bad param" if n == 33 else f"p{n}"): n for n in range(100)}
     tags = {("bad tag" if n == 0 else f"t{n}"): "x" for n in range(100)}
-    rows = [("bad" if n in (0, 700) else "m", float(n), n, n) for n in range(999)]
+    rows = [("wrong" if n in (0, 700) else "m", float(n), n, n) for n in range(999)]
     one = batch(run, started(), ParamsLogged(1, params), TagsSet(1, {**tags, "tracelet.run.id": "x"}), rows=rows)
     answer = exporter.begin(one).attempt()
     assert isinstance(answer, Rejected)
@@ -400,8 +400,8 @@ def test_one_refused_thing_does_not_keep_the_rest_of_its_request_out(
         ("tag", "tracelet.run.id", None),
         ("param", "bad param", None),
         ("tag", "bad tag", None),
-        ("point", "bad", 0),
-        ("point", "bad", 700),
+        ("point", "wrong", 0),
+        ("point", "wrong", 700),
     ]
     assert "not this one" in answer.items[-1].reason
     data = get_run(mlflow_server, mlflow_id(exporter)).data
@@ -413,7 +413,7 @@ def test_one_refused_thing_does_not_keep_the_rest_of_its_request_out(
 
 def test_a_split_batch_goes_on_where_it_was_cut_off(mlflow_server: MlflowServer, run: RunInfo, proxy: Proxy) -> None:
     exporter = opened_exporter(proxy.uri, run)
-    refuse, sent = refusing(b"bad"), []
+    refuse, sent = refusing(b"wrong"), []
 
     def rule(seen: Seen) -> Spoil:
         spoil = refuse(seen)
@@ -424,7 +424,7 @@ def test_a_split_batch_goes_on_where_it_was_cut_off(mlflow_server: MlflowServer,
         return spoil
 
     proxy.rule = rule
-    rows = [("bad" if n == 5 else "m", float(n), n, n) for n in range(64)]
+    rows = [("wrong" if n == 5 else "m", float(n), n, n) for n in range(64)]
     delivery = exporter.begin(batch(run, started(), rows=rows))
     answer = persist(delivery)
     assert isinstance(answer, Rejected)
