@@ -389,8 +389,8 @@ def test_one_refused_thing_does_not_keep_the_rest_of_its_request_out(
 ) -> None:
     exporter = opened_exporter(proxy.uri, run)
     proxy.rule = refusing(b"wrong")
-    params = {("bad param" if n == 33 else f"p{n}"): n for n in range(100)}
-    tags = {("bad tag" if n == 0 else f"t{n}"): "x" for n in range(100)}
+    params = {("wrong param" if n == 33 else f"p{n}"): n for n in range(100)}
+    tags = {("wrong tag" if n == 0 else f"t{n}"): "x" for n in range(100)}
     rows = [("wrong" if n in (0, 700) else "m", float(n), n, n) for n in range(999)]
     one = batch(run, started(), ParamsLogged(1, params), TagsSet(1, {**tags, "tracelet.run.id": "x"}), rows=rows)
     answer = exporter.begin(one).attempt()
@@ -398,15 +398,15 @@ def test_one_refused_thing_does_not_keep_the_rest_of_its_request_out(
     told = [(item.what, item.facts.get("key"), item.facts.get("step")) for item in answer.items]
     assert told == [
         ("tag", "tracelet.run.id", None),
-        ("param", "bad param", None),
-        ("tag", "bad tag", None),
+        ("param", "wrong param", None),
+        ("tag", "wrong tag", None),
         ("point", "wrong", 0),
         ("point", "wrong", 700),
     ]
     assert "not this one" in answer.items[-1].reason
     data = get_run(mlflow_server, mlflow_id(exporter)).data
     assert len(data.params) == 99
-    assert {key for key in data.tags if key.startswith("t") and "." not in key} == tags.keys() - {"bad tag"}
+    assert {key for key in data.tags if key.startswith("t") and "." not in key} == tags.keys() - {"wrong tag"}
     stored = rows_of(mlflow_server, mlflow_id(exporter))
     assert sorted(r.step for r in stored) == [n for n in range(999) if n not in (0, 700)]
 
