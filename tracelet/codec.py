@@ -21,7 +21,9 @@ from tracelet.records import (
     Record,
     RunStarted,
     SpanEnded,
+    SpansReceived,
     SpanStarted,
+    StateNoted,
     TagsSet,
     WriterEnded,
     WriterOpened,
@@ -41,6 +43,8 @@ KINDS: Mapping[int, type[Any]] = {
     8: ArtifactLogged,
     9: FlushAsked,
     10: WriterEnded,
+    11: SpansReceived,
+    12: StateNoted,
 }
 _NUMBERS = {kind: number for number, kind in KINDS.items()}
 _FIELDS = {kind: frozenset(f.name for f in dataclasses.fields(kind)) for kind in KINDS.values()}

@@ -27,6 +27,8 @@ __all__ = [
     "Scalar",
     "SpanEnded",
     "SpanStarted",
+    "SpansReceived",
+    "StateNoted",
     "TagsSet",
     "WriterEnded",
     "WriterOpened",
@@ -121,7 +123,8 @@ class SpanEnded:
 class ArtifactLogged:
     """A file of the run: where it shall be named `path` in the run's artifacts, and where its bytes are now.
 
-    `stored` is a path relative to the spool folder (our copy), or None for a reference to `source`.
+    `stored` is a path relative to the spool folder (our copy), or None for a reference to `source`. `uri` is for what
+    came over the wire: where the sender says that the bytes are; `source` is then empty.
     """
 
     time_unix_nano: int
@@ -133,6 +136,23 @@ class ArtifactLogged:
     media_type: str
     mtime_ns: int | None = None  # of a reference, compared before and after the upload
     inode: int | None = None
+    uri: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SpansReceived:
+    """Spans that came over the wire and go on as they are: OTLP `ResourceSpans`, one Resource, in base64."""
+
+    time_unix_nano: int
+    resource_spans: str
+
+
+@dataclass(frozen=True, slots=True)
+class StateNoted:
+    """What a gateway knows of a run it can't see: LOST after a long silence, RUNNING once it speaks again."""
+
+    time_unix_nano: int
+    state: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,6 +288,8 @@ Record = (
     | SpanStarted
     | SpanEnded
     | ArtifactLogged
+    | SpansReceived
+    | StateNoted
     | FlushAsked
     | WriterEnded
     | AttemptEnded

@@ -250,10 +250,26 @@ SETTINGS: tuple[Setting, ...] = (
 READ_ELSEWHERE = frozenset(
     {
         # Names of other programs of this family. They are no settings of a run, and no misspelling either.
-        "TRACELET_LOST_AFTER",
+        "TRACELET_ARTIFACT_DIR",
+        "TRACELET_COLLECTOR_HEALTH",
+        "TRACELET_COLLECTOR_METRICS_HOST",
+        "TRACELET_COLLECTOR_METRICS_PORT",
+        "TRACELET_GATEWAY_TOKEN",
+        "TRACELET_GATEWAY_URL",
+        "TRACELET_KAFKA_BROKERS",
+        "TRACELET_LOG_AGE",
+        "TRACELET_LOKI_URL",
         "TRACELET_METRIC_PREFIX",
+        "TRACELET_OTLP_GRPC",
+        "TRACELET_OTLP_HTTP",
+        "TRACELET_PROMETHEUS_URL",
         "TRACELET_QUEUE_BYTES",
+        "TRACELET_QUEUE_DIR",
+        "TRACELET_QUEUE_FSYNC",
         "TRACELET_STACK_CACHE",
+        "TRACELET_TEMPO_ENDPOINT",
+        "TRACELET_WINDOW_AGE",
+        "TRACELET_WINDOW_AHEAD",
     }
 )
 

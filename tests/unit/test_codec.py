@@ -55,6 +55,8 @@ def test_the_numbers_of_the_kinds_are_those_of_the_first_release() -> None:
         8: "ArtifactLogged",
         9: "FlushAsked",
         10: "WriterEnded",
+        11: "SpansReceived",
+        12: "StateNoted",
     }
     assert all(codec.kind_of(kind) == number for number, kind in codec.KINDS.items())
 

@@ -103,11 +103,13 @@ def assemble(
     roster: Roster,
     states: Mapping[str, State],
     rising_limit_s: float | None,
+    stamped: bool = False,
 ) -> Assembled:
     """The batch of `pieces`: one part a writer, in the order in which writers first appear in them.
 
     Depends on nothing but the arguments and the writers' names, which never change: a restarted shipper that hands in
-    the same slots and the same states gets the same batch.
+    the same slots and the same states gets the same batch. `stamped`: the times are right already, whoever sent them
+    having made them rise; in whatever order they came, each point keeps its own, so that a repeat stays the same.
     """
     by_writer: dict[str, list[Piece]] = {}
     for piece, taken in pieces:
@@ -132,8 +134,10 @@ def assemble(
         raw = _points(b"".join(taken.records for _, taken in mine), roster.names.get(writer, {}), writer, refusals)
         if len(raw):
             latest[opened.attempt_key] = max(latest.get(opened.attempt_key, 0), *raw.time_unix_nano)
-        points, after = stamps.stamp(raw, instance_of(opened), ChainMap(changed, states), rising_limit_s)  # type: ignore[arg-type]
-        changed.update(after)
+        points = raw
+        if not stamped:
+            points, after = stamps.stamp(raw, instance_of(opened), ChainMap(changed, states), rising_limit_s)  # type: ignore[arg-type]
+            changed.update(after)
         parts.append(Part(writer, opened, tuple(records), points))
     batch = Batch(number, run, folder, tuple(part for part in parts if part.records or len(part.points)))
     return Assembled(batch, changed, tuple(refusals), latest)

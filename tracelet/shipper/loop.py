@@ -33,6 +33,8 @@ __all__ = ["Lane"]
 BEAT_EVERY_S = 30.0
 LATE_WRITER_S = 10.0
 """How long a writer that is still alive may hold an ended attempt open."""
+RECEIVED_WRITER_S = 2.0
+"""The same where a gateway writes: its writers never end, and what is still under way is delivered as late points."""
 
 _IDLE_S = ((2.0, 0.05), (30.0, 0.1), (float("inf"), 0.2))  # quiet for less than ...: look again after ...
 
@@ -190,6 +192,7 @@ class Lane:
             roster=self._site.roster,
             states=self._journal.stamps,
             rising_limit_s=exporter.rising_limit_s,
+            stamped=self._site.received,
         )
 
     # ---- gathering ----------------------------------------------------------------------------------------------
@@ -246,7 +249,8 @@ class Lane:
             decided = self._site.decided.get(attempt.key)
             if decided is None or self.is_done(attempt.key) or self._site.is_hollow(attempt):
                 continue
-            held_open = decided.age_s(self._clock.monotonic()) < LATE_WRITER_S
+            patience_s = RECEIVED_WRITER_S if self._site.received else LATE_WRITER_S
+            held_open = decided.age_s(self._clock.monotonic()) < patience_s
             waiting = [
                 writer
                 for writer in self._site.roster.writers_of(attempt.key)
@@ -329,6 +333,8 @@ class Lane:
     def _beat(self, exporter: Exporter) -> None:
         """Say that the run lives, every 30 s; best effort, and never while something waits to be tried again."""
         now = self._clock.monotonic()
+        if self._site.received:  # the run's own shipper says that it lives
+            return
         if self._beat_at is not None and now - self._beat_at < BEAT_EVERY_S:
             return
         for attempt in self._site.manifest.attempts:

@@ -79,6 +79,8 @@ class Site:
         """`in_process`: the writers are in this process, so the manifest's word on their end is for others to write."""
         self.folder = folder
         self.manifest = manifest
+        # What came over the wire: its writers are a gateway's, so neither their deaths nor their ends are the run's.
+        self.received = bool(manifest.extra.get("received"))
         self.run = RunInfo(manifest.run_id, manifest.project, manifest.experiment_name, manifest.run_name)
         self.deaths = deaths
         self.roster = Roster()
@@ -228,7 +230,7 @@ class Site:
             )
             return
         first = self.roster.first_of(attempt.key)
-        if first is None:
+        if first is None or self.received:  # the end of a received attempt is put into the manifest by who received it
             return
         firsts = [w for w in self.roster.writers_of(attempt.key) if self.roster.opened[w].role == "first"]
         if not all(self.is_over(writer) for writer in firsts or [first]):
