@@ -24,7 +24,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 MODULES = REPOSITORY / "stack"
 MANIFEST = REPOSITORY / "collector-config" / "builder-manifest.yaml"
-GO_NEEDED = (1, 26)
+GO_NEEDED = (1, 26, 7)
 
 
 class StackError(Exception):
@@ -268,12 +268,12 @@ def _sha512(path: Path) -> str:
 def go() -> str:
     """The Go tool, new enough; StackError says what to install."""
     path = shutil.which("go")
-    hint = f"Go {GO_NEEDED[0]}.{GO_NEEDED[1]} or newer is needed to build this: https://go.dev/dl/"
+    hint = f"Go {'.'.join(map(str, GO_NEEDED))} or newer is needed to build this: https://go.dev/dl/"
     if path is None:
         raise StackError(f"there is no `go` on PATH. {hint}")
     said = subprocess.run([path, "env", "GOVERSION"], capture_output=True, text=True, check=False, cwd="/").stdout
-    match = re.match(r"go([0-9]+)\.([0-9]+)", said.strip())
-    if match is None or (int(match[1]), int(match[2])) < GO_NEEDED:
+    match = re.match(r"go([0-9]+)\.([0-9]+)(?:\.([0-9]+))?", said.strip())
+    if match is None or tuple(int(part or 0) for part in match.groups()) < GO_NEEDED:
         raise StackError(f"{path} is {said.strip() or 'of no known version'}. {hint}")
     return path
 
