@@ -1,0 +1,166 @@
+"""Each file of collector-config/ is valid, and what the files say about themselves is so."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.stack.collectors import CONFIG, program
+
+# Each variant as its head says it is run.
+WAYS = [
+    ("collector.yaml",),
+    ("collector.yaml", "second-port.yaml"),
+    ("collector.yaml", "gateways.yaml"),
+    ("collector.yaml", "tenants.yaml"),
+    ("collector.yaml", "auth-tls.yaml"),
+    ("collector.yaml", "remote-write.yaml"),
+    ("collector.yaml", "kafka-core.yaml"),
+    ("kafka-edge.yaml",),
+    ("legacy-names.yaml",),
+]
+COMPOSE_NAMES = {
+    "TRACELET_OTLP_GRPC": "0.0.0.0:4317",
+    "TRACELET_OTLP_HTTP": "0.0.0.0:4318",
+    "TRACELET_COLLECTOR_HEALTH": "0.0.0.0:13133",
+    "TRACELET_COLLECTOR_METRICS_HOST": "0.0.0.0",
+    "TRACELET_COLLECTOR_METRICS_PORT": "8888",
+    "TRACELET_QUEUE_DIR": "/var/lib/otelcol/queue",
+    "TRACELET_QUEUE_BYTES": "1000000000",
+    "TRACELET_QUEUE_FSYNC": "true",
+    "TRACELET_METRIC_PREFIX": "ml.",
+    "TRACELET_WINDOW_AGE": "143h",
+    "TRACELET_WINDOW_AHEAD": "9m",
+    "TRACELET_LOG_AGE": "143h",
+    "TRACELET_PROMETHEUS_URL": "http://prometheus:9090/api/v1/otlp",
+    "TRACELET_GATEWAY_URL": "http://gateway:4318",
+    "TRACELET_GATEWAY_TOKEN": "",
+    "TRACELET_LOKI_URL": "http://loki:3100/otlp",
+    "TRACELET_TEMPO_ENDPOINT": "tempo:4317",
+}
+
+
+def all_files() -> list[Path]:
+    return sorted(path for path in CONFIG.glob("*.yaml") if path.name != "builder-manifest.yaml")
+
+
+def with_defaults(text: str) -> str:
+    return re.sub(r"\$\{env:\w+:-([^}]*)\}", r"\1", text)
+
+
+def merged(way: tuple[str, ...]) -> dict[str, Any]:
+    """The files as a collector merges them: maps by key, lists and values by the later file."""
+    found: dict[str, Any] = {}
+    for name in way:
+        _merge(found, yaml.safe_load(with_defaults((CONFIG / name).read_text())))
+    return found
+
+
+def _merge(into: dict[str, Any], more: dict[str, Any]) -> None:
+    for key, value in more.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def queues(config: dict[str, Any]) -> list[int]:
+    """The size of each queue: an exporter has one for each signal it is used for."""
+    used = {
+        (exporter, name.partition("/")[0])
+        for name, pipeline in config["service"]["pipelines"].items()
+        for exporter in pipeline["exporters"]
+        if exporter in config.get("exporters", {})
+    }
+    return [
+        int(config["exporters"][exporter]["sending_queue"]["queue_size"])
+        for exporter, _ in sorted(used)
+        if "sending_queue" in config["exporters"][exporter]
+    ]
+
+
+@pytest.mark.parametrize("way", WAYS, ids="+".join)
+def test_a_collector_takes_the_file_as_its_head_says(way: tuple[str, ...]) -> None:
+    argv = [program("collector"), "validate"]
+    for name in way:
+        argv += ["--config", str(CONFIG / name)]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, env={})
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_file_of_the_folder_is_checked_here() -> None:
+    assert {path.name for path in all_files()} == {name for way in WAYS for name in way}
+
+
+def test_the_defaults_are_the_names_of_the_compose_file() -> None:
+    found = re.findall(r"\$\{env:(TRACELET_\w+):-([^}]*)\}", (CONFIG / "collector.yaml").read_text())
+    assert dict(found) == COMPOSE_NAMES
+    for path in all_files():
+        for name, default in re.findall(r"\$\{env:(TRACELET_\w+):-([^}]*)\}", path.read_text()):
+            assert COMPOSE_NAMES.get(name, default) == default, f"{name} in {path.name}"
+
+
+@pytest.mark.parametrize("way", WAYS, ids="+".join)
+def test_every_name_in_a_file_has_a_default(way: tuple[str, ...]) -> None:
+    for name in way:
+        text = (CONFIG / name).read_text()
+        assert len(re.findall(r"\$\{env:\w+:-[^}]*\}", text)) == len(re.findall(r"\$\{env:\w", text))
+
+
+@pytest.mark.parametrize(
+    ("way", "gigabytes"),
+    [
+        (("collector.yaml",), "7.2 GB"),
+        (("collector.yaml", "gateways.yaml"), "10.8 GB"),
+        (("collector.yaml", "tenants.yaml"), "10.8 GB"),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, tuple) else value,
+)
+def test_the_volume_that_a_file_names_holds_all_its_queues_and_a_fifth_more(
+    way: tuple[str, ...], gigabytes: str
+) -> None:
+    assert f"{sum(queues(merged(way))) * 1.2 / 1e9:.1f} GB" == gigabytes
+    assert gigabytes in (CONFIG / way[-1]).read_text()
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if "remote-write.yaml" not in way], ids="+".join)
+def test_every_exporter_waits_on_disk_in_bytes_for_ever_and_blocks_nobody(way: tuple[str, ...]) -> None:
+    config = merged(way)
+    used = {exporter for pipeline in config["service"]["pipelines"].values() for exporter in pipeline["exporters"]}
+    for name in used & config["exporters"].keys():
+        exporter = config["exporters"][name]
+        queue = exporter["sending_queue"]
+        assert queue["storage"] == "file_storage/queue", name
+        assert (queue["sizer"], queue["block_on_overflow"]) == ("bytes", False), name
+        assert exporter["retry_on_failure"]["max_elapsed_time"] == 0, name
+        assert "batch" not in queue, name
+    assert not any(name.startswith("batch") for name in config["processors"])
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if "tenants.yaml" not in way], ids="+".join)
+def test_callers_headers_are_kept_out_of_the_queues(way: tuple[str, ...]) -> None:
+    for receiver in merged(way)["receivers"].values():
+        assert not any(each.get("include_metadata") for each in receiver.get("protocols", {}).values())
+
+
+def test_the_filter_leaves_room_in_the_window_for_the_outage_that_is_promised() -> None:
+    window_h, outage_h, ahead_h = 7 * 24, 24, 9 / 60
+    age_h = int(COMPOSE_NAMES["TRACELET_WINDOW_AGE"].removesuffix("h"))
+    assert age_h + outage_h + ahead_h < window_h
+
+
+def test_the_manifest_has_every_component_that_the_files_use() -> None:
+    manifest = yaml.safe_load((CONFIG / "builder-manifest.yaml").read_text())
+    modules = " ".join(each["gomod"] for kind in ("receivers", "processors", "exporters") for each in manifest[kind])
+    for way in WAYS:
+        config = merged(way)
+        for kind in ("receivers", "processors", "exporters"):
+            for name in config.get(kind, {}):
+                word = name.partition("/")[0].replace("_", "").replace("otlphttp", "otlphttpexporter")
+                assert word.replace("otlpgrpc", "otlp") in modules, name
+    assert set(re.findall(r" v0\.(\d+)\.0", modules)) == {"158"}
