@@ -10,7 +10,7 @@ RUN := $(VENV)/bin/python -m
 export PYTHON
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help demo test check format docs bench clean
+.PHONY: help demo test check format docs stack bench clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -36,6 +36,9 @@ format: $(VENV)/.ready-dev ## put the code into the form that `check` asks for
 
 docs: $(VENV)/.ready-dev ## serve the documentation at http://127.0.0.1:8000, rebuilt at each change
 	$(RUN) mkdocs serve
+
+stack: ## have the real collector, Prometheus, Loki, Kafka, ...: what is not on PATH is built (Go, Maven; 10 minutes)
+	@$(or $(PYTHON),$(firstword $(wildcard $(VENV)/bin/python) python3)) scripts/stack.py build $(ARGS)
 
 bench: $(VENV)/.ready-dev ## the numbers: import time, the price of a call, the way to the backends
 	@for file in benchmarks/*.py; do echo; echo "== $$file"; $(VENV)/bin/python "$$file" || exit 1; done

@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     one = commands.add_parser("up", help="start the stack; runs until Ctrl-C or SIGTERM, then stops all of it")
     one.add_argument("--dir", type=Path, required=True, help="data, logs and stack.json; may be used again")
     one.add_argument("--with", dest="extras", metavar="NAMES", type=_some(services.EXTRAS), default=(), help=_EXTRAS)
-    one.add_argument("--without", type=_some(("gateway",)), default=(), metavar="NAMES", help="leave out: gateway")
+    one.add_argument("--without", type=_some(services.MAY_GO), default=(), metavar="NAMES", help=_LESS)
     one.add_argument("--gateways", type=int, default=1, metavar="N", help="so many gateways, runs spread over them")
     one.add_argument("--config", type=Path, action="append", default=[], help="the collector's file; may be repeated")
     one.add_argument("--core-config", type=Path, action="append", default=[], help="with kafka: the second collector's")
@@ -67,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 _EXTRAS = f"more programs, with commas between them: {', '.join(services.EXTRAS)}"
+_LESS = f"leave out some of: {', '.join(services.MAY_GO)}"
 _ENV = "for collector and gateway (MLFLOW_*: for mlflow too); {port} in the value becomes a free port"
 
 

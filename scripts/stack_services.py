@@ -27,10 +27,11 @@ from typing import Any
 
 import stack_programs as programs
 from stack_programs import REPOSITORY, StackError, say
-from stack_supervisor import Service
+from stack_supervisor import Service, is_secret
 
 CONFIG = REPOSITORY / "collector-config"
 EXTRAS = ("loki", "kafka", "postgres")
+MAY_GO = ("gateway", "mlflow")
 HOST = "127.0.0.1"
 DATABASE = "mlflow"
 DATABASE_USER = "tracelet"
@@ -113,15 +114,19 @@ def plan(wishes: Wishes) -> Plan:
     environment = {}
     for name, value in wishes.environment.items():
         environment[name] = value.replace("{port}", str(made.ports.take())) if "{port}" in value else value
-    if environment:
-        made.addresses["environment"] = environment
+    told = {name: value for name, value in environment.items() if not is_secret(name)}
+    if told:
+        made.addresses["environment"] = told
     if "loki" in wishes.extras:
         add_loki(made)
     if "kafka" in wishes.extras:
         add_kafka(made)
     if "postgres" in wishes.extras:
         add_postgres(made)
-    add_mlflow(made, environment)
+    if "mlflow" not in wishes.without:
+        add_mlflow(made, environment)
+    elif "gateway" not in wishes.without:
+        raise StackError("a gateway needs an MLflow: leave out both (--without mlflow,gateway), or none")
     for number in range(wishes.gateways if "gateway" not in wishes.without else 0):
         add_gateway(made, number, environment)
     add_collectors(made, environment)
@@ -145,7 +150,8 @@ def add_mlflow(made: Plan, environment: Mapping[str, str]) -> None:
     if "postgres" in made.wishes.extras:
         if importlib.util.find_spec("psycopg2") is None:
             raise StackError(f"{sys.executable} has no psycopg2, which MLflow needs for PostgreSQL")
-        store, needs = made.addresses["postgres"], ("postgres",)
+        # The driver named: which one a plain postgresql:// means changed with SQLAlchemy 2.1.
+        store, needs = made.addresses["postgres"].replace("://", "+psycopg2://", 1), ("postgres",)
         more = {"PGPASSFILE": made.addresses["postgres_passfile"]}
     address = f"http://{HOST}:{port}"
     made.addresses["mlflow"] = address
@@ -427,10 +433,13 @@ def _address(url: str | None) -> str:
 
 def add_loki(made: Plan) -> None:
     """Loki with collector-config/loki/loki.yaml and its files in a folder."""
+    config = CONFIG / "loki" / "loki.yaml"
+    if not config.is_file():
+        raise StackError(f"there is no {config}")
     folder, http, grpc = made.folder("loki"), made.ports.take(), made.ports.take()
     address = f"http://{HOST}:{http}"
     made.addresses["loki"] = address
-    argv = [str(programs.find("loki")), f"-config.file={CONFIG / 'loki' / 'loki.yaml'}", "-config.expand-env=true"]
+    argv = [str(programs.find("loki")), f"-config.file={config}", "-config.expand-env=true"]
     settings = {
         "TRACELET_LOKI_HOST": HOST,
         "TRACELET_LOKI_PORT": str(http),

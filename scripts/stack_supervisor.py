@@ -296,7 +296,7 @@ def inherited() -> dict[str, str]:
 
 def is_secret(name: str) -> bool:
     """Whether the value of a variable of this name is kept out of what is written."""
-    return any(word in name.upper() for word in SECRET_WORDS)
+    return any(word in name.upper() for word in SECRET_WORDS) and not name.endswith("_FILE")
 
 
 def replace(path: Path, value: object) -> None:
