@@ -1,0 +1,1 @@
+"""The gateway: OTLP in, the same spool, the same shipper, MLflow out."""
