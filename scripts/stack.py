@@ -8,6 +8,7 @@ scripts/stack.py up --dir ./stack-data  # until Ctrl-C; ./stack-data/stack.json 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -87,6 +88,7 @@ def _lock(arguments: argparse.Namespace) -> int:
 
 
 def _up(arguments: argparse.Namespace) -> int:
+    _with_the_project_s_python()
     wishes = services.Wishes(
         arguments.dir.absolute(),
         frozenset(arguments.extras),
@@ -105,6 +107,13 @@ def _up(arguments: argparse.Namespace) -> int:
 
     supervisor.Supervisor(wishes.folder, made.services, made.addresses).run(ready)
     return 0
+
+
+def _with_the_project_s_python() -> None:
+    """Go on with the Python of .venv where this one has no mlflow: `scripts/stack.py up` is all one has to type."""
+    project = programs.REPOSITORY / ".venv" / "bin" / "python"
+    if importlib.util.find_spec("mlflow") is None and project.exists() and Path(sys.prefix) != project.parent.parent:
+        os.execv(project, [str(project), *sys.argv])
 
 
 def _restart(arguments: argparse.Namespace) -> int:
