@@ -68,6 +68,7 @@ class Connection:
         *,
         content_type: str = "application/json",
         stream: tuple[BinaryIO, int] | None = None,
+        extra: Mapping[str, str] | None = None,
     ) -> Reply:
         """Send and wait for the answer.
 
@@ -79,7 +80,7 @@ class Connection:
         """
         connection = self._connected()
         target = self.prefix + path
-        headers = dict(self._headers)
+        headers = {**self._headers, **(extra or {})}
         payload: bytes | Iterator[bytes] | None = body
         if stream is not None:
             headers["Content-Length"] = str(stream[1])

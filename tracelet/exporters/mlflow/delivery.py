@@ -25,12 +25,12 @@ from tracelet.exporters.mlflow.mapping import (
     PROJECT_TAG,
     RUN_NAME_TAG,
     RUN_TAG,
+    STATE_TAG,
     Plan,
     attempt_mark,
     attempt_start,
     changed_param_tag,
     comparable,
-    highest,
     legal_tags,
     marker_row,
     metric_rows,
@@ -38,8 +38,9 @@ from tracelet.exporters.mlflow.mapping import (
     witness_of,
 )
 from tracelet.exporters.mlflow.names import capped, encodable
+from tracelet.exporters.mlflow.state import RunState, first_sign, starts_in
+from tracelet.exporters.mlflow.traces import NO_TRACES, SpanWork
 from tracelet.exporters.mlflow.transport import (
-    Latest,
     MetricRow,
     NotNow,
     Refused,
@@ -49,39 +50,11 @@ from tracelet.exporters.mlflow.transport import (
     first_of,
 )
 from tracelet.guard import guard
-from tracelet.records import FAILED, FINISHED, KILLED, RUNNING, Batch, Part, RunInfo, RunStarted
+from tracelet.records import FAILED, FINISHED, KILLED, LOST, RUNNING, Batch, Part, RunStarted
 
-__all__ = ["MLflowDelivery", "RunState"]
+__all__ = ["MLflowDelivery"]
 
 _PATIENCE_S = 10.0  # before asking what became of a request without an answer: the server may still be at it
-
-
-class RunState:
-    """What this process knows of the run in MLflow: read at open, then kept up by what is sent."""
-
-    def __init__(self, info: RunInfo, experiment_id: str, view: RunView | None) -> None:
-        self.info = info
-        self.experiment_id = experiment_id
-        self.view: RunView | None = None
-        self.latest: dict[str, Latest] = {}
-        self.params: dict[str, str] = {}
-        self.tags: dict[str, str] = {}
-        self.create_is_unclear = False
-        if view is not None:
-            self.learn(view)
-
-    def learn(self, view: RunView) -> None:
-        """Take over what MLflow says."""
-        self.view = view
-        self.latest = dict(view.latest)
-        self.params = dict(view.params)
-        self.tags = dict(view.tags)
-
-    def stored(self, rows: Sequence[MetricRow]) -> None:
-        """These rows are in MLflow now."""
-        for key, (order, _) in highest(rows).items():
-            if key not in self.latest or order > self.latest[key]:
-                self.latest[key] = order
 
 
 class MLflowDelivery:
@@ -107,11 +80,14 @@ class MLflowDelivery:
         self._unclear = note is not None  # whether the first of the chunks may be stored already
         self._chunks = [self._rows] if self._rows else []
         self._plan: Plan | None = None
+        self._spans = SpanWork(())
         self._to_do: list[Callable[[Plan], None]] = [
             self._send_params,
             self._send_tags,
             self._send_metrics,
+            self._send_spans,
             self._send_artifacts,
+            self._send_state,
             self._send_end,
         ]
 
@@ -146,13 +122,19 @@ class MLflowDelivery:
 
     def _prepare(self) -> Plan:
         state = self._state
-        attempts = _starts(self._batch)  # several in one batch, where the run was shipped only after a resume
+        attempts = starts_in(self._batch)  # several in one batch, where the run was shipped only after a resume
         if state.view is None:
             self._make_run(*(attempts[0] if attempts else (self._batch.parts[0], None)))
+        elif attempts and "mlflow.user" not in state.tags:
+            # Made at a sign before its start: what a person has set meanwhile stays.
+            state.tags.update((self._transport.run(state.view.run_id) or state.view).tags)
         for part, _ in attempts:
             self._resume(part)
         plan = plan_of(self._batch, self._rows, state.params, state.tags)
         self._refusals.extend(plan.refusals)
+        self._spans = SpanWork(plan.spans)
+        self._refusals.extend(self._spans.refusals)
+        self._spans.refusals.clear()
         return plan
 
     def _make_run(self, part: Part, started: RunStarted | None) -> None:
@@ -166,7 +148,8 @@ class MLflowDelivery:
         own = dict(started.mlflow_tags) if started is not None else {}
         own.pop("mlflow.runName", None)  # MLflow sets it from the run's name, and refuses two that differ
         tags = {**legal_tags(own), RUN_TAG: state.info.run_id, ATTEMPT_TAG: attempt_mark(part.opened)}
-        name = encodable(started.run_name if started is not None else state.info.run_name)
+        # Without a name the run gets its id for one, by which a later start knows that nobody has named it.
+        name = encodable((started.run_name if started is not None else "") or state.info.run_name or state.info.run_id)
         short = capped(name, RUN_NAME_CHARS)
         if short != name:
             tags[RUN_NAME_TAG] = name[:TAG_VALUE_CHARS]
@@ -176,7 +159,7 @@ class MLflowDelivery:
             made = transport.create_run(
                 state.experiment_id,
                 own.get("mlflow.user", "unknown"),
-                part.opened.attempt_started_unix_nano // 1_000_000,
+                first_sign(self._batch) // 1_000_000,
                 short,
                 tags,
             )
@@ -361,6 +344,32 @@ class MLflowDelivery:
             self._refuse(self._artifacts.put(uri, self._batch.folder, plan.artifacts[0]))
             del plan.artifacts[0]
 
+    def _send_spans(self, plan: Plan) -> None:
+        state, run_id = self._state, self._run_id
+        if not plan.spans or state.takes_no_spans:
+            return
+        try:
+            self._spans.send(self._transport, state.experiment_id, run_id, self._check_run)
+        except Refused as no:
+            if no.code != NO_TRACES:
+                raise
+            state.takes_no_spans = True
+            self._refuse(self._spans.give_up(f"{no.message}; this run's spans are left out from here on"))
+        self._refusals.extend(self._spans.refusals)
+        self._spans.refusals.clear()
+
+    def _send_state(self, plan: Plan) -> None:
+        """LOST is a tag and no end: whatever comes later takes it away."""
+        try:
+            if plan.state == LOST:
+                self._send_tags_once([(STATE_TAG, LOST)])
+            elif plan.state is not None:
+                self._transport.delete_tag(self._run_id, STATE_TAG)
+                self._state.tags.pop(STATE_TAG, None)
+        except Refused as no:
+            self._check_run(no)
+            self._refuse(Refusal("tag", str(no), {"key": STATE_TAG, "value": plan.state}))
+
     def _refuse(self, refusal: Refusal | None) -> None:
         if refusal is not None:
             self._refusals.append(refusal)
@@ -378,12 +387,6 @@ class MLflowDelivery:
         except Refused as no:
             self._check_run(no)
             self._refusals.append(Refusal("event", str(no), {"status": ended.status, "end": ended.end_unix_nano}))
-
-
-def _starts(batch: Batch) -> list[tuple[Part, RunStarted]]:
-    """The attempts that begin in this batch, the earliest first."""
-    found = [(part, record) for part in batch.parts for record in part.records if isinstance(record, RunStarted)]
-    return sorted(found, key=lambda start: start[0].opened.attempt_started_unix_nano)
 
 
 def _chunk(pairs: Mapping[str, str], most: int) -> list[tuple[str, str]]:

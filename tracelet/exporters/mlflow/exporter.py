@@ -12,11 +12,12 @@ from tracelet.errors import ConfigError
 from tracelet.exporters.base import Answer, Delivered, Delivery, RetryLater
 from tracelet.exporters.mlflow.artifacts import ArtifactStore
 from tracelet.exporters.mlflow.connection import Connection
-from tracelet.exporters.mlflow.delivery import MLflowDelivery, RunState
+from tracelet.exporters.mlflow.delivery import MLflowDelivery
 from tracelet.exporters.mlflow.limits import EXPERIMENT_NAME_CHARS, POINTS_PER_BATCH
 from tracelet.exporters.mlflow.mapping import RUN_TAG
 from tracelet.exporters.mlflow.names import capped, encodable
 from tracelet.exporters.mlflow.rest import RestTransport
+from tracelet.exporters.mlflow.state import RunState
 from tracelet.exporters.mlflow.transport import NotNow, Refused, RunView, Transport, first_of
 from tracelet.records import Batch, Heartbeat, RunInfo
 

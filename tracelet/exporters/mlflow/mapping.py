@@ -17,10 +17,11 @@ from tracelet.exporters.mlflow.limits import (
     METRICS_PER_REQUEST,
     PARAM_VALUE_CHARS,
     POINTS_PER_BATCH,
+    RUN_NAME_CHARS,
     SQL_INFINITY,
     TAG_VALUE_CHARS,
 )
-from tracelet.exporters.mlflow.names import encodable, file_name, legal_name, legal_path, shorten, text_of
+from tracelet.exporters.mlflow.names import capped, encodable, file_name, legal_name, legal_path, shorten, text_of
 from tracelet.exporters.mlflow.transport import Latest, MetricRow
 from tracelet.records import (
     ArtifactLogged,
@@ -30,6 +31,8 @@ from tracelet.records import (
     ParamsLogged,
     RunStarted,
     Scalar,
+    SpansReceived,
+    StateNoted,
     TagsSet,
     WriterOpened,
 )
@@ -39,6 +42,7 @@ __all__ = [
     "PROJECT_TAG",
     "RUN_NAME_TAG",
     "RUN_TAG",
+    "STATE_TAG",
     "Plan",
     "Witness",
     "attempt_mark",
@@ -55,6 +59,7 @@ __all__ = [
 
 RUN_TAG = "tracelet.run.id"
 ATTEMPT_TAG = "tracelet.run.attempt"  # start in ns, "-", key: of the newest attempt that MLflow knows
+STATE_TAG = "tracelet.state"  # LOST while a gateway has heard nothing of a run for long; else there is none
 RUN_NAME_TAG = "tracelet.run.name"  # the whole name of a run or a project that is too long for MLflow
 PROJECT_TAG = "tracelet.project"
 NAME_TAG = "tracelet.name."  # + legal name: the name as it was logged
@@ -64,7 +69,8 @@ ERROR_TAG = "tracelet.error."  # + type, message, stacktrace
 MARKER = "system/tracelet/batch/"  # + 8 digits of the folder: a metric that rises with each batch that needs it
 
 _INFINITE = f"infinite values of this metric are stored by MLflow as +/-{SQL_INFINITY!r}"
-_RESERVED = (RUN_TAG, ATTEMPT_TAG)
+_NAME_TAG = "mlflow.runName"
+_RESERVED = (RUN_TAG, ATTEMPT_TAG, STATE_TAG)
 
 Witness = MetricRow
 """A row of the batch that becomes its key's latest value: it is there exactly if the batch is."""
@@ -80,6 +86,8 @@ class Plan:
     artifacts: list[ArtifactLogged] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     ended: AttemptEnded | None = None
+    spans: list[str] = field(default_factory=list)  # serialized ResourceSpans, in base64
+    state: str | None = None  # the last that a gateway noted
 
 
 # ---- points ------------------------------------------------------------------------------------------------------
@@ -163,7 +171,11 @@ def plan_of(batch: Batch, rows: Sequence[MetricRow], params: Mapping[str, str], 
             elif isinstance(record, ArtifactLogged):
                 plan.add_artifact(record)
             elif isinstance(record, RunStarted):
-                plan.add_run_tags(record.mlflow_tags)
+                plan.add_run_tags(record)
+            elif isinstance(record, SpansReceived):
+                plan.made.spans.append(record.resource_spans)
+            elif isinstance(record, StateNoted):
+                plan.made.state = record.state
             elif isinstance(record, AttemptEnded):
                 plan.made.ended = record
                 plan.add_params(record.params)
@@ -233,9 +245,17 @@ class _Planner:
             )
         self.made.artifacts.append(replace(artifact, path=path))
 
-    def add_run_tags(self, tags: Mapping[str, str]) -> None:
-        """A resumed run keeps the user, source and commit it was made with, as with MLflow's own client."""
-        self.add_tags({k: v for k, v in tags.items() if k != "mlflow.runName" and legal_name(k) not in self._tags})
+    def add_run_tags(self, started: RunStarted) -> None:
+        """A resumed run keeps the user, source and commit it was made with, as with MLflow's own client; what a run
+        that was made before its start was known lacks, it gets now."""
+        tags = started.mlflow_tags
+        self.add_tags({k: v for k, v in tags.items() if k != _NAME_TAG and legal_name(k) not in self._tags})
+        nameless = self._tags.get(_NAME_TAG) is not None and self._tags[_NAME_TAG] == self._tags.get(RUN_TAG)
+        name = encodable(started.run_name or tags.get(_NAME_TAG, ""))
+        if nameless and name:  # nobody named it meanwhile: it still has its id for a name
+            self.set_tag(_NAME_TAG, capped(name, RUN_NAME_CHARS))  # renames the run, too
+            if len(name) > RUN_NAME_CHARS:
+                self.set_tag(RUN_NAME_TAG, name[:TAG_VALUE_CHARS])
 
     def add_error(self, error: ErrorInfo | None) -> None:
         if error is None:

@@ -14,6 +14,7 @@ from tracelet.exporters.mlflow.transport import ExperimentView, MetricRow, NotNo
 __all__ = ["RestTransport", "explain", "metrics_json"]
 
 _API = "/api/2.0/mlflow/"
+_TRACES = "/v1/traces"
 _SAID_CHARS = 500  # of a server's answer in an error text
 _HISTORY_PAGE = 25_000
 
@@ -87,6 +88,35 @@ class RestTransport:
     def log_tags(self, run_id: str, tags: Sequence[tuple[str, str]]) -> None:
         """One transaction at the server."""
         self._post("runs/log-batch", {"run_id": run_id, "tags": [{"key": k, "value": v} for k, v in tags]})
+
+    def delete_tag(self, run_id: str, key: str) -> None:
+        """One call; MLflow answers 404 where there is none."""
+        try:
+            self._post("runs/delete-tag", {"run_id": run_id, "key": key})
+        except Refused as no:
+            if no.code != "RESOURCE_DOES_NOT_EXIST" or not no.message.startswith("No tag"):
+                raise
+
+    def log_spans(self, experiment_id: str, run_id: str, resource_spans: Sequence[bytes]) -> None:
+        """One transaction at the server, which links only traces whose root span is in the same request."""
+        body = b"".join(b"\x0a" + _varint(len(one)) + one for one in resource_spans)  # ExportTraceServiceRequest
+        reply = self.connection.request(
+            "POST",
+            _TRACES,
+            body,
+            content_type="application/x-protobuf",
+            extra={"x-mlflow-experiment-id": experiment_id, "x-mlflow-run-id": run_id},
+        )
+        if reply.status == 200:
+            return
+        if reply.status in (405, 501) or (reply.status == 404 and _error_code(reply) is None):
+            where = self.connection.origin + self.connection.prefix
+            raise Refused(
+                "NO_TRACES",
+                f"the MLflow server at {where} takes no spans ({reply.status}: {_said(reply)}); it needs MLflow 3.7 or"
+                " later with a database behind it",
+            )
+        raise explain(reply, self.connection)
 
     def update_run(self, run_id: str, status: str, end_time: int | None) -> None:
         """Status and end time in one call."""
@@ -263,6 +293,15 @@ def _retry_after(reply: Reply) -> float | None:
         return max(0.0, float(reply.headers["retry-after"]))
     except (KeyError, ValueError):
         return None  # absent, or a date: the shipper's own back-off is good enough
+
+
+def _varint(number: int) -> bytes:
+    out = bytearray()
+    while number > 0x7F:
+        out.append(number & 0x7F | 0x80)
+        number >>= 7
+    out.append(number)
+    return bytes(out)
 
 
 def quoted_path(path: str) -> str:

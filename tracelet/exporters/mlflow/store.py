@@ -216,6 +216,24 @@ class DatabaseTransport:
 
         self._do(lambda store: store.log_batch(run_id, [], [], [RunTag(key, value) for key, value in tags]))
 
+    def delete_tag(self, run_id: str, key: str) -> None:
+        """One transaction."""
+        try:
+            self._do(lambda store: store.delete_tag(run_id, key))
+        except Refused as no:
+            if no.code != "RESOURCE_DOES_NOT_EXIST" or "No tag" not in no.message:
+                raise
+
+    def log_spans(self, experiment_id: str, run_id: str, resource_spans: Sequence[bytes]) -> None:
+        """As MLflow's server does it: one transaction for the spans, one for the links."""
+        from tracelet.exporters.mlflow.store_spans import entities
+
+        spans, ended = entities(resource_spans)
+        if spans:
+            self._do(lambda store: store.log_spans(experiment_id, spans))
+        if ended:
+            self._do(lambda store: store.link_traces_to_run(ended, run_id))
+
     def update_run(self, run_id: str, status: str, end_time: int | None) -> None:
         """Without an end time the old one stays, as with MLflow's own client."""
         from mlflow.entities import RunStatus

@@ -108,6 +108,14 @@ class Transport(Protocol):
         """Set tags, all or none."""
         ...
 
+    def delete_tag(self, run_id: str, key: str) -> None:
+        """Take a tag away; that there is none is no error."""
+        ...
+
+    def log_spans(self, experiment_id: str, run_id: str, resource_spans: Sequence[bytes]) -> None:
+        """Store the spans of serialized OTLP `ResourceSpans`, all or none, and link traces whose root is among them."""
+        ...
+
     def update_run(self, run_id: str, status: str, end_time: int | None) -> None:
         """Set the status, and the end time if given."""
         ...
