@@ -21,7 +21,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.util.re import parse_env_headers
 
 from tracelet.exporters.otlp_http import rejected_items
-from tracelet.exporters.otlp_wire import Options, Reply, redacted_headers, scrubbed, suppressed
+from tracelet.exporters.otlp_wire import WIRE_HEADER, Options, Reply, redacted_headers, scrubbed, suppressed
 from tracelet.guard import logger
 
 __all__ = ["GrpcSender"]
@@ -97,7 +97,7 @@ class GrpcSender:
             try:
                 content = self._call(
                     body,
-                    metadata=self._exporter._headers,
+                    metadata=(*(self._exporter._headers or ()), WIRE_HEADER),
                     timeout=getattr(self._exporter, "_timeout", 10.0),
                 )
             except grpc.RpcError as error:

@@ -27,7 +27,7 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportM
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 from opentelemetry.sdk.metrics.export import MetricsData
 
-from tracelet.exporters.otlp_wire import Options, Reply, redacted_headers, scrubbed, suppressed
+from tracelet.exporters.otlp_wire import WIRE_HEADER, Options, Reply, redacted_headers, scrubbed, suppressed
 
 __all__ = ["HttpSender", "rejected_items", "retry_after"]
 
@@ -53,7 +53,7 @@ class _Relay(requests.Session):
 
     def request(self, method: str | bytes, url: str | bytes, *_: Any, **given: Any) -> requests.Response:
         """Called by OTel's exporter with its resolved url, headers and timeout."""
-        headers = dict(given.get("headers") or {})
+        headers = {**(given.get("headers") or {}), WIRE_HEADER[0]: WIRE_HEADER[1]}
         encoding = next((value for name, value in headers.items() if name.lower() == "content-encoding"), "")
         data = self.body
         if encoding == "gzip":

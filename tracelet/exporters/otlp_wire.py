@@ -11,10 +11,13 @@ from typing import Any, Literal, Protocol
 
 from tracelet.errors import ConfigError
 from tracelet.guard import logger
+from tracelet.otlp import semconv
 
-__all__ = ["Options", "Reply", "Sender", "options_for", "redacted_headers", "scrubbed", "suppressed"]
+__all__ = ["WIRE_HEADER", "Options", "Reply", "Sender", "options_for", "redacted_headers", "scrubbed", "suppressed"]
 
 PREFIX = "OTEL_EXPORTER_OTLP_"
+WIRE_HEADER = (semconv.RESOURCE_WIRE_VERSION, semconv.WIRE_VERSION)
+"""On every request of ours: a gateway answers 401 and 403 to those who send it, and 503 to collectors."""
 _FILE_VARIABLES = ("CERTIFICATE", "CLIENT_KEY", "CLIENT_CERTIFICATE")
 _USERINFO = re.compile(r"//[^/@\s]+@")
 _REASON_CHARACTERS = 500

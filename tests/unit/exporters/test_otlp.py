@@ -94,6 +94,15 @@ def test_a_heartbeat_carries_state_and_info(sink: HttpSink) -> None:
     assert attributes(found["tracelet.run.info", None])["tracelet.mlflow.run_id"] == "abc"
 
 
+@pytest.mark.parametrize("headers", [None, {"x-key": "value"}])
+def test_every_request_says_which_wire_version_it_speaks(sink: HttpSink, headers: dict[str, str] | None) -> None:
+    whole = [ParamsLogged(START, {"a": 1}), SpanStarted("1" * 16, "2" * 16, "s", START), SpanEnded("1" * 16, START + 1)]
+    made = exporter(sink.endpoint, None if headers is None else {"headers": headers})
+    assert made.begin(batch(rows(2), whole)).attempt() == Delivered()
+    assert {received.signal for received in sink.stored} == {"metrics", "logs", "traces"}
+    assert {received.headers["tracelet.wire.version"] for received in sink.stored} == {"1.0"}
+
+
 # ---- addresses, headers, compression: as OTel's own exporters have it -------------------------------------------
 
 

@@ -99,6 +99,12 @@ def test_headers_of_the_variables_and_of_arguments_are_merged(
     assert sink.stored[0].headers["x-scope-orgid"] == "ml"
 
 
+def test_every_request_says_which_wire_version_it_speaks(sink: GrpcSink, made: Any) -> None:
+    first_try(made(sink.endpoint))
+    first_try(made(sink.endpoint, {"headers": {"x-key": "value"}}))
+    assert [received.headers["tracelet.wire.version"] for received in sink.stored] == ["1.0", "1.0"]
+
+
 def test_tls_with_the_variables_certificate(made: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     public, key = certificate(tmp_path)
     credentials = grpc.ssl_server_credentials([(key.read_bytes(), public.read_bytes())])
