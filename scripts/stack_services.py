@@ -274,7 +274,7 @@ def add_gateway(made: Plan, number: int, environment: Mapping[str, str]) -> None
     made.addresses.setdefault("gateways", []).append(address)
     made.addresses.setdefault("gateways_grpc", []).append(f"{HOST}:{grpc}")
     argv = [sys.executable, "-m", "tracelet", "gateway", "--host", HOST, "--http-port", str(http)]
-    argv += ["--grpc-port", str(grpc), "--dir", str(folder / "spool"), "--mlflow", made.addresses["mlflow"]]
+    argv += ["--grpc-port", str(grpc), "--dir", str(folder), "--mlflow", made.addresses["mlflow"]]
     made.add(Service(name, argv, folder, dict(environment), says_ok(f"{address}/readyz"), stop_round=2))
 
 

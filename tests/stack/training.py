@@ -1,0 +1,69 @@
+"""A program that trains, for tests of the whole way: `training.py RUN_ID POINTS ENDPOINT ...`, and what it becomes.
+
+Each point of a run is known beforehand, so that a test can ask for every one: value, iteration, in each backend.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+KEYS = ("train/loss", "train.acc")
+PROJECT = "to-the-stack"
+
+
+def value_of(key: str, iteration: int) -> float:
+    """What a run logs: exact in binary, another for each iteration and key."""
+    return 1.0 + iteration / 1024 if key == KEYS[0] else -float(iteration)
+
+
+def main(run_id: str, points: int, *endpoints: str) -> None:
+    """Log `points` points, half of them for each key, and return when the collector has acknowledged all."""
+    import tracelet
+
+    backend = [tracelet.OTLP(endpoint) for endpoint in endpoints]
+    exp = tracelet.start_logging(exp_name=run_id, project=PROJECT, run_id=run_id, backend=backend)
+    exp.log_params({"points": points})
+    for iteration in range(points // len(KEYS)):
+        for key in KEYS:
+            exp.log_metric(key, value_of(key, iteration), iteration=iteration)
+    delivered = exp.flush(timeout=300)
+    tracelet.stop_logging()
+    if not delivered:
+        raise SystemExit("not delivered within 300 s")
+
+
+@contextmanager
+def trainings(
+    folder: Path, run_ids: Iterable[str], points: int, *endpoints: str
+) -> Iterator[list[subprocess.Popen[str]]]:
+    """Several of these programs at once, each a process with a spool of its own in `folder`; ended at the end."""
+    running: list[subprocess.Popen[str]] = []
+    try:
+        for run_id in run_ids:
+            variables = {**os.environ, "TRACELET_DIR": str(folder / run_id)}
+            words = [sys.executable, __file__, run_id, str(points), *endpoints]
+            running.append(
+                subprocess.Popen(words, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            )
+        yield running
+    finally:
+        for process in running:
+            process.kill()
+            process.communicate()
+
+
+def train(folder: Path, run_ids: Iterable[str], points: int, *endpoints: str) -> None:
+    """Run them to their end; what they said is in the error if one fails."""
+    with trainings(folder, run_ids, points, *endpoints) as running:
+        for process in running:
+            said, _ = process.communicate(timeout=400)
+            assert process.returncode == 0, said
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])
