@@ -36,6 +36,8 @@ LATE_WRITER_S = 10.0
 RECEIVED_WRITER_S = 2.0
 """The same where a gateway writes: its writers never end, and what is still under way is delivered as late points."""
 
+RECEIVED_IDLE_S = 1.0
+
 _IDLE_S = ((2.0, 0.05), (30.0, 0.1), (float("inf"), 0.2))  # quiet for less than ...: look again after ...
 
 
@@ -98,6 +100,10 @@ class Lane:
                 self._wake.wait(delay)
                 self._wake.clear()
         self.close()
+
+    def wake(self) -> None:
+        """Look for more now. From any thread."""
+        self._wake.set()
 
     def stop(self) -> None:
         """Finish the attempt that is being made, and no more. From any thread."""
@@ -364,6 +370,8 @@ class Lane:
         state = self._site.state  # before the questions, so that they are about no older one
         self.finished_of = state if self.caught_up and self._all_done() else None
         quiet = now - self.active_at
+        if self._site.received and not busy:  # who receives wakes us, and has many runs open at once
+            return RECEIVED_IDLE_S
         return next(delay for limit, delay in _IDLE_S if quiet < limit)
 
     def _all_done(self) -> bool:

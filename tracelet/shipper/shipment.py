@@ -123,6 +123,17 @@ class Shipment:
         except OSError:  # full of wakes already
             pass
 
+    def nudge(self) -> None:
+        """Something has come: look around, and let every destination look for it now."""
+        self.tick()
+        for lane in self.lanes.values():
+            lane.wake()
+
+    def stop_lanes(self) -> None:
+        """Let every destination finish the attempt it is making; `close` waits for them."""
+        for lane in self.lanes.values():
+            lane.stop()
+
     def _drain_wakes(self) -> None:
         try:
             while os.read(self._waker, 512):
@@ -232,8 +243,7 @@ class Shipment:
 
     def close(self) -> Outcome:
         """Stop the lanes (each finishes the attempt it is making) and say how far they came."""
-        for lane in self.lanes.values():
-            lane.stop()
+        self.stop_lanes()
         until = time.monotonic() + _JOIN_S
         for thread in self._threads:
             thread.join(max(0.0, until - time.monotonic()))

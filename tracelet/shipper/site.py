@@ -142,7 +142,7 @@ class Site:
                 self._look_at(writer, stuck)
         self.writers = tuple(known)
         for attempt in self.manifest.attempts:
-            if attempt.key not in self.decided:
+            if attempt.key not in self.decided or (self.received and attempt.ended is not None):
                 self._decide(attempt)
 
     def has_news(self) -> bool:
@@ -224,10 +224,12 @@ class Site:
     def _decide(self, attempt: Attempt) -> None:
         now = self._clock.monotonic()
         if attempt.ended is not None:
+            known, verdict = self.decided.get(attempt.key), Verdict.from_json(attempt.ended)
+            if known is not None:  # a better witness of it has come over the wire
+                self.decided[attempt.key] = dataclasses.replace(known, verdict=verdict)
+                return
             began_with_it = not self.roster.writers_of(attempt.key) or now - self._began < 1.0
-            self.decided[attempt.key] = Decided(
-                Verdict.from_json(attempt.ended), float("-inf") if began_with_it else now
-            )
+            self.decided[attempt.key] = Decided(verdict, float("-inf") if began_with_it else now)
             return
         first = self.roster.first_of(attempt.key)
         if first is None or self.received:  # the end of a received attempt is put into the manifest by who received it

@@ -44,7 +44,7 @@ class Upkeep:
         self._kept: set[str] = set()  # copies of artifacts that some destination refused
         self._arrived: dict[str, set[str]] = {}  # copy -> destinations that have it
         self._lock = threading.Lock()
-        self._spares = may_map(site.folder)
+        self._spares = may_map(site.folder) and not site.received  # a gateway appends, and would take none
 
     def round(self, lanes: Sequence[Destination], *, complete: bool) -> None:
         """Do what is due; what fails (a full disk) is due again at the next round.

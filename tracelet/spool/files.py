@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Callable
 from pathlib import Path
 
+from tracelet.spool.appended import AppendedSegment
 from tracelet.spool.disk import NO_ROOM, allocate
 from tracelet.spool.frames import END_FLAG, FrameWriter
 from tracelet.spool.lease import WriterLock
@@ -17,7 +18,6 @@ from tracelet.spool.points import (
     POINT,
     SLOT_SIZE,
     Address,
-    AppendedSegment,
     Header,
     MappedSegment,
     Segment,
@@ -45,8 +45,12 @@ class FileSet:
         capacity: int,
         mapped: bool,
         admit: Callable[[int], None],
+        *,
+        sync_at_roll: bool = False,
     ) -> None:
         """Make the files and write the opening frame (kind, payload, time).
+
+        `sync_at_roll`: flush a full file to the disk before leaving it, so that `sync` is about all that was written.
 
         Raises:
             OSError: the folder can't be written, or has no room.
@@ -61,12 +65,13 @@ class FileSet:
         self._capacity = capacity
         self._mapped = mapped
         self._admit = admit
+        self._sync_at_roll = sync_at_roll
         self._slots_before = 0  # of segments left behind
         self._voids_before = 0
         self._fd = -1
         self._lock = WriterLock(folder, self.writer)
         try:
-            self._frame_writer = FrameWriter(folder, self.writer, admit)
+            self._frame_writer = FrameWriter(folder, self.writer, admit, sync_at_roll=sync_at_roll)
             self.segment: Segment = self._new_segment(1)
             self.frame(*opening)
         except BaseException:
@@ -154,6 +159,8 @@ class FileSet:
         """
         old = self.segment
         if old.head() >= old.capacity:
+            if self._sync_at_roll:
+                self._sync_segment()
             new = self._new_segment(old.number + 1)
             if isinstance(new, MappedSegment):
                 new.learn(self.ids)
@@ -205,6 +212,20 @@ class FileSet:
         """Write one point, rolling as needed."""
         return self._put(time_unix_nano, value, iteration, metric_id, POINT)
 
+    def points_at_once(self, records: bytearray) -> None:
+        """Write many points (as `pack_points` made them), rolling as needed; for files that are not mapped.
+
+        Raises:
+            OSError: some of them may have been written, and some slots stay open: close these files and open others.
+        """
+        with memoryview(records) as left:
+            at = 0
+            while at < len(left):
+                self.roll()
+                segment = self.segment
+                assert isinstance(segment, AppendedSegment), "mapped files are filled one by one, by the hot path"
+                at += SLOT_SIZE * segment.put_many(left[at:])
+
     # ---- numbers and ends -------------------------------------------------------------------------------------
 
     def head(self) -> Address:
@@ -220,6 +241,13 @@ class FileSet:
     def sync(self) -> None:
         """Flush frames and slots to the disk itself, for power loss."""
         self._frame_writer.sync()
+        self._sync_segment()
+
+    def to_sync(self) -> list[int]:
+        """Duplicates of the descriptors that a flush is about, for the caller to flush and to close."""
+        return [os.dup(fd) for fd in (self._frame_writer.descriptor, self._fd) if fd >= 0]
+
+    def _sync_segment(self) -> None:
         if isinstance(self.segment, MappedSegment):
             self.segment.buffer.flush()
         elif self._fd >= 0:

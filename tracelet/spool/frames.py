@@ -59,7 +59,8 @@ def pack_frame(kind: int, flags: int, payload: bytes) -> bytes:
 class FrameWriter:
     """Appends frames to one writer's frames files; used under the writer's lock."""
 
-    def __init__(self, folder: Path, writer: str, admit: Callable[[int], None]) -> None:
+    def __init__(self, folder: Path, writer: str, admit: Callable[[int], None], *, sync_at_roll: bool = False) -> None:
+        self._sync_at_roll = sync_at_roll
         self._folder = folder
         self._writer = writer
         self._admit = admit
@@ -109,6 +110,8 @@ class FrameWriter:
             self._end = ROLL_AT  # leave the file for a new one
 
     def _roll(self) -> None:
+        if self._sync_at_roll:
+            self.sync()
         number = self._number + 1
         path = self._folder / frames_name(self._writer, number)
         fields = _HEADER.pack(MAGIC, VERSION, self._writer.encode("ascii"), number)
@@ -124,6 +127,11 @@ class FrameWriter:
         self._fd, self._number, self._end = fd, number, HEADER_SIZE
         if old >= 0:
             os.close(old)
+
+    @property
+    def descriptor(self) -> int:
+        """Of the file that is written to now; -1 before the first."""
+        return self._fd
 
     def sync(self) -> None:
         """Flush to the disk itself, for power loss."""

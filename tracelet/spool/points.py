@@ -14,7 +14,6 @@ format, with a reader of 30 lines, is in docs/reference/spool-format.md.
 
 from __future__ import annotations
 
-import errno
 import mmap
 import operator
 import os
@@ -35,7 +34,6 @@ __all__ = [
     "VERSION",
     "VOID",
     "Address",
-    "AppendedSegment",
     "Fused",
     "Header",
     "Log",
@@ -56,8 +54,8 @@ SLOT = struct.Struct("<QdqII")
 # field to pack and a name to look up (263 -> 240 ns).
 _WORDED = struct.Struct("<QdqQ")
 SLOT_SIZE = 32
-_MARKER_AT = 28
-_UNSET = b"\0\0\0\0"
+MARKER_AT = 28
+UNSET = b"\0\0\0\0"
 POINT, FRAME, VOID = 1, 2, 3
 _MIN_INT64, _MAX_INT64 = -(2**63), 2**63 - 1
 
@@ -193,8 +191,8 @@ class MappedSegment:
                 return None
             _pack_into(buffer, offset, time_unix_nano, value, iteration, metric_id, marker)
         except BaseException:
-            if offset and buffer[offset + _MARKER_AT : offset + SLOT_SIZE] == _UNSET:
-                _pack_marker(buffer, offset + _MARKER_AT, base | VOID)
+            if offset and buffer[offset + MARKER_AT : offset + SLOT_SIZE] == UNSET:
+                _pack_marker(buffer, offset + MARKER_AT, base | VOID)
                 self.voids += 1
             raise
         return (offset - HEADER_SIZE) // SLOT_SIZE
@@ -214,77 +212,9 @@ class MappedSegment:
     def void_open(self) -> int:
         offsets = self._open_offsets()
         for offset in offsets:
-            _pack_marker(self.buffer, offset + _MARKER_AT, self.base | VOID)
+            _pack_marker(self.buffer, offset + MARKER_AT, self.base | VOID)
         self.voids += len(offsets)
         return len(offsets)
-
-
-class AppendedSegment:
-    """A segment written with system calls, for file systems where mapping could kill; used under the writer's lock."""
-
-    __slots__ = ("_synced_at", "_unsettled", "base", "capacity", "fd", "next", "number", "voids")
-
-    SYNC_EVERY_S = 1.0
-
-    def __init__(self, fd: int, header: Header) -> None:
-        self.number = header.segment
-        self.capacity = header.capacity
-        self.base = header.base
-        self.fd = fd
-        self.next = 0
-        self.voids = 0
-        self._unsettled = -1  # the slot of a call that did not come to its end
-        self._synced_at = time.monotonic()
-        page = header.pack().ljust(HEADER_SIZE, b"\0")
-        if os.pwrite(fd, page, 0) != HEADER_SIZE:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    def head(self) -> int:
-        return self.next
-
-    def put(self, time_unix_nano: int, value: float, iteration: int, metric_id: int, kind: int) -> int | None:
-        if self._unsettled >= 0:
-            self._settle()
-        slot = self.next
-        if slot >= self.capacity:
-            return None
-        # Taken before it is written: after an interrupt the next record must not land on this one, which a reader
-        # may have delivered already. Whether an interrupted one was written is found out by whoever comes next,
-        # since here a second interrupt could cut that short.
-        self._unsettled = slot
-        self.next = slot + 1
-        data = SLOT.pack(time_unix_nano, value, iteration, metric_id, self.base | kind)
-        try:
-            if os.pwrite(self.fd, data, HEADER_SIZE + SLOT_SIZE * slot) != SLOT_SIZE:
-                raise OSError(errno.ENOSPC, "No space left on device")
-        except OSError:
-            # The marker, its last field, did not get there; the next record is written over it.
-            self.next = slot
-            self._unsettled = -1
-            raise
-        self._unsettled = -1
-        now = time.monotonic()
-        if now - self._synced_at >= self.SYNC_EVERY_S:
-            self._synced_at = now
-            os.fdatasync(self.fd)
-        return slot
-
-    def _settle(self) -> None:
-        at = HEADER_SIZE + SLOT_SIZE * self._unsettled
-        if os.pread(self.fd, 4, at + _MARKER_AT) in (b"", _UNSET):
-            os.pwrite(self.fd, SLOT.pack(0, 0.0, 0, 0, self.base | VOID), at)
-            self.voids += 1
-        self._unsettled = -1
-
-    def seize(self) -> None:
-        if self._unsettled >= 0:
-            self._settle()
-
-    def open_slots(self) -> int:
-        return 0  # one record at a time, under the lock
-
-    def void_open(self) -> int:
-        return 0
 
 
 class Log(Protocol):
@@ -363,8 +293,8 @@ def fuse(  # noqa: PLR0915 - one scope, because its cell is what makes a call co
             for offset in slots:
                 return _pack_worded(buffer, offset, now, value, iteration, word)
         except BaseException as error:
-            if offset and buffer[offset + _MARKER_AT : offset + SLOT_SIZE] == _UNSET:
-                _pack_marker(buffer, offset + _MARKER_AT, (word >> 32) | VOID)
+            if offset and buffer[offset + MARKER_AT : offset + SLOT_SIZE] == UNSET:
+                _pack_marker(buffer, offset + MARKER_AT, (word >> 32) | VOID)
                 seldom.voids += 1
                 if type(error) is _StructError:
                     seldom.slow(name, value, iteration, now)  # says what doesn't fit: an iteration beyond int64
@@ -399,8 +329,8 @@ def fuse(  # noqa: PLR0915 - one scope, because its cell is what makes a call co
                 else:
                     seldom.slow(name, number, iteration, now)
             except BaseException:
-                if offset and buffer[offset + _MARKER_AT : offset + SLOT_SIZE] == _UNSET:
-                    _pack_marker(buffer, offset + _MARKER_AT, (word >> 32) | VOID)
+                if offset and buffer[offset + MARKER_AT : offset + SLOT_SIZE] == UNSET:
+                    _pack_marker(buffer, offset + MARKER_AT, (word >> 32) | VOID)
                     seldom.voids += 1
                 raise
 
