@@ -150,6 +150,7 @@ def _build(program: Program, there: Path, jobs: int) -> None:
         program.make(program, folder, jobs)
         if not (folder / program.result).exists():
             raise StackError(f"{program.name}: the build ended well and left no {program.result}")
+        shutil.rmtree(there.parent, ignore_errors=True)  # somebody took the program out of it
         os.replace(folder, there.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -6,8 +6,10 @@ they read, and Prometheus' folder is copied because the addresses it scrapes sta
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
+import json
 import os
 import pwd
 import re
@@ -58,22 +60,43 @@ class Ports:
     process's own stretch of it: two stacks that start at once don't meet.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._taken: dict[str, int] = json.loads(file.read_text()) if file.exists() else {}
         self._next = 10_000 + os.getpid() * 32 % 20_000
         self._last = _first_ephemeral()
 
-    def take(self) -> int:
-        """One more free port."""
+    def take(self, name: str) -> int:
+        """The free port of this name: the one of the last `up` in this folder where it can be.
+
+        What waits in a spool knows its destination by its address; with other ports it would wait for ever.
+        """
+        before = self._taken.get(name)
+        if before is None or not _is_free(before):
+            if before is not None:
+                say(f"port {before} of {name} is taken by another program; a new one is used")
+            self._taken[name] = self._new()
+            self._file.write_text(json.dumps(self._taken, indent=2) + "\n")
+        return self._taken[name]
+
+    def _new(self) -> int:
+        others = set(self._taken.values())
         for _ in range(self._last - 10_000):
             port = self._next
             self._next = port + 1 if port + 1 < self._last else 10_000
-            with socket.socket() as probe:
-                try:
-                    probe.bind((HOST, port))
-                except OSError:
-                    continue
+            if port not in others and _is_free(port):
                 return port
         raise StackError("no free port below the kernel's range for outgoing connections")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: old connections don't matter
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return False
+    return True
 
 
 @dataclass
@@ -83,7 +106,12 @@ class Plan:
     wishes: Wishes
     services: dict[str, Service] = field(default_factory=dict)
     addresses: dict[str, Any] = field(default_factory=dict)
-    ports: Ports = field(default_factory=Ports)
+
+    @functools.cached_property
+    def ports(self) -> Ports:
+        """The ports of this folder."""
+        self.wishes.folder.mkdir(parents=True, exist_ok=True)
+        return Ports(self.wishes.folder / "ports.json")
 
     def add(self, service: Service) -> None:
         """One more program."""
@@ -113,7 +141,7 @@ def plan(wishes: Wishes) -> Plan:
     made = Plan(wishes)
     environment = {}
     for name, value in wishes.environment.items():
-        environment[name] = value.replace("{port}", str(made.ports.take())) if "{port}" in value else value
+        environment[name] = value.replace("{port}", str(made.ports.take(name))) if "{port}" in value else value
     told = {name: value for name, value in environment.items() if not is_secret(name)}
     if told:
         made.addresses["environment"] = told
@@ -143,7 +171,7 @@ def add_mlflow(made: Plan, environment: Mapping[str, str]) -> None:
         raise StackError(
             f"{sys.executable} has no mlflow: start this with the Python of .venv (`make .venv/.ready-dev` makes it)"
         )
-    folder, port = made.folder("mlflow"), made.ports.take()
+    folder, port = made.folder("mlflow"), made.ports.take("mlflow")
     store = f"sqlite:///{folder / 'mlflow.db'}"
     needs: tuple[str, ...] = ()
     more: dict[str, str] = {}
@@ -169,7 +197,7 @@ def add_postgres(made: Plan) -> None:
     of root are closed to it; stack.json says where.
     """
     initdb, server = (postgres_program(name) for name in ("initdb", "postgres"))
-    port, password = made.ports.take(), made.wishes.folder / "postgres.pass"
+    port, password = made.ports.take("postgres"), made.wishes.folder / "postgres.pass"
     user, folder = None, made.wishes.folder.absolute() / "postgres"
     if os.geteuid() == 0:
         user, folder = _postgres_user(), _postgres_folder(made.wishes.folder)
@@ -268,7 +296,7 @@ def postgres_answers(port: int) -> bool:
 def add_gateway(made: Plan, number: int, environment: Mapping[str, str]) -> None:
     """`tracelet gateway`; the first is called gateway, the next gateway-2, gateway-3, ..."""
     name = "gateway" if number == 0 else f"gateway-{number + 1}"
-    folder, http, grpc = made.folder(name), made.ports.take(), made.ports.take()
+    folder, http, grpc = made.folder(name), made.ports.take(name), made.ports.take(f"{name} grpc")
     address = f"http://{HOST}:{http}"
     made.addresses.setdefault("gateway", address)
     made.addresses.setdefault("gateways", []).append(address)
@@ -305,14 +333,14 @@ def add_collector(made: Plan, name: str, configs: Sequence[Path], prefix: str, e
     if missing:
         raise StackError(f"there is no {', '.join(missing)}")
     program, folder, wishes = str(programs.find("collector")), made.folder(name), made.wishes
-    grpc, http, health, metrics = (made.ports.take() for _ in range(4))
+    grpc, http, health, metrics = (made.ports.take(f"{name} {use}") for use in ("grpc", "http", "health", "metrics"))
     made.addresses |= {
         f"{prefix}otlp_http": f"http://{HOST}:{http}",
         f"{prefix}otlp_grpc": f"http://{HOST}:{grpc}",
         f"{prefix}collector_health": f"http://{HOST}:{health}",
         f"{prefix}collector_metrics": f"http://{HOST}:{metrics}/metrics",
     }
-    made.addresses.setdefault("prometheus", f"http://{HOST}:{made.ports.take()}")
+    made.addresses.setdefault("prometheus", f"http://{HOST}:{made.ports.take('prometheus')}")
     settings = {
         "TRACELET_OTLP_GRPC": f"{HOST}:{grpc}",
         "TRACELET_OTLP_HTTP": f"{HOST}:{http}",
@@ -330,7 +358,7 @@ def add_collector(made: Plan, name: str, configs: Sequence[Path], prefix: str, e
     if "kafka" in made.addresses:
         settings["TRACELET_KAFKA_BROKERS"] = made.addresses["kafka"]
     if any("TRACELET_SECOND_OTLP_HTTP" in path.read_text() for path in configs):
-        second_http, second_grpc = made.ports.take(), made.ports.take()
+        second_http, second_grpc = (made.ports.take(f"{name} second {use}") for use in ("http", "grpc"))
         settings |= {
             "TRACELET_SECOND_OTLP_HTTP": f"{HOST}:{second_http}",
             "TRACELET_SECOND_OTLP_GRPC": f"{HOST}:{second_grpc}",
@@ -387,7 +415,7 @@ def add_prometheus(made: Plan) -> None:
     else:
         _small_prometheus(config)
     write_targets(config / "targets", made.addresses)
-    address = made.addresses.setdefault("prometheus", f"http://{HOST}:{made.ports.take()}")
+    address = made.addresses.setdefault("prometheus", f"http://{HOST}:{made.ports.take('prometheus')}")
     argv = [str(programs.find("prometheus")), f"--config.file={config / 'prometheus.yaml'}"]
     argv += [f"--storage.tsdb.path={folder / 'data'}", f"--web.listen-address={address.removeprefix('http://')}"]
     argv += ["--web.enable-otlp-receiver", "--web.enable-lifecycle"]
@@ -436,7 +464,7 @@ def add_loki(made: Plan) -> None:
     config = CONFIG / "loki" / "loki.yaml"
     if not config.is_file():
         raise StackError(f"there is no {config}")
-    folder, http, grpc = made.folder("loki"), made.ports.take(), made.ports.take()
+    folder, http, grpc = made.folder("loki"), made.ports.take("loki"), made.ports.take("loki grpc")
     address = f"http://{HOST}:{http}"
     made.addresses["loki"] = address
     argv = [str(programs.find("loki")), f"-config.file={config}", "-config.expand-env=true"]
@@ -455,7 +483,7 @@ def add_kafka(made: Plan) -> None:
     if java is None:
         raise StackError("kafka needs Java 17 or newer: on Debian and Ubuntu `apt-get install default-jre-headless`")
     jars, folder = programs.find("kafka"), made.folder("kafka")
-    port, controller = made.ports.take(), made.ports.take()
+    port, controller = made.ports.take("kafka"), made.ports.take("kafka controller")
     made.addresses["kafka"] = f"{HOST}:{port}"
     settings = folder / "server.properties"
     settings.write_text(

@@ -167,6 +167,21 @@ def test_a_stack_killed_with_9_leaves_nothing_for_good_and_starts_again(tmp_path
         assert stack.query("vector(1)")
 
 
+def test_the_next_up_in_a_folder_has_the_same_addresses_and_the_data(tmp_path: Path) -> None:
+    """What waits in a spool knows where it has to go by the address."""
+    stack = Stack(tmp_path / "stack", without=SMALL)
+    with stack:
+        before = stack.state
+        send(stack, "loss", 2.5)
+        wait_until(lambda: bool(stack.samples("ml_loss")), 30, lambda: "the point did not arrive")
+    with stack:
+        after = stack.state
+        assert stack.samples("ml_loss")
+    assert {k: v for k, v in before.items() if "http" in str(v)[:4]} == {
+        k: v for k, v in after.items() if "http" in str(v)[:4]
+    }
+
+
 def test_a_piece_that_dies_at_its_start_ends_all_and_its_last_words_are_shown(tmp_path: Path) -> None:
     require("collector", "prometheus")
     (tmp_path / "wrong.yaml").write_text(
