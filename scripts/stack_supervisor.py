@@ -49,7 +49,7 @@ class Service:
 
 
 class Stopped(Exception):
-    """SIGTERM or SIGINT came."""
+    """SIGTERM, SIGINT or SIGHUP came."""
 
 
 @dataclass
@@ -66,12 +66,12 @@ class Supervisor:
     # ---- the life of a stack
 
     def run(self, on_ready: Callable[[], None]) -> None:
-        """Start all, call `on_ready`, serve until SIGTERM or SIGINT, stop all.
+        """Start all, call `on_ready`, serve until SIGTERM, SIGINT or SIGHUP, stop all.
 
         Raises:
             StackError: another stack runs in the folder, or a program did not come up (all are stopped then).
         """
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # SIGHUP: the terminal went
             signal.signal(number, self._on_signal)
         with locked(self.folder):
             try:

@@ -210,3 +210,12 @@ def test_ports_are_outside_the_range_of_outgoing_connections(small: Stack) -> No
     ports = [urlsplit(value).port for value in small.state.values() if isinstance(value, str) and "://" in value]
     assert ports
     assert all(port is not None and port < first for port in ports)
+
+
+def test_a_branch_without_a_backend_here_is_switched_off(small: Stack) -> None:
+    """Its queue would fill for a day, and then stop the other branches."""
+    words = small.state["commands"]["collector"]["argv"]
+    assert "yaml:service::pipelines::traces/tempo::exporters: [nop]" in words
+    assert "yaml:service::pipelines::logs/loki::exporters: [nop]" in words
+    assert "yaml:service::pipelines::metrics/gateway::exporters: [nop]" in words
+    assert not [word for word in words if "metrics/prometheus" in word]
