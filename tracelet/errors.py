@@ -9,6 +9,7 @@
     │   ├── SpoolFull           no room: the disk, or TRACELET_MAX_BYTES
     │   └── SpoolFormatError    a file that is not ours, or of a version we don't know
     ├── ExportError             a destination answered in a way nothing can be done about here
+    ├── Malformed               a request that is no OTLP (also a ValueError)
     └── IntegrationUnavailable  an optional package is missing
 
 Each says what happened, to what, and what to do now; its facts are attributes.
@@ -22,6 +23,7 @@ __all__ = [
     "FileMissing",
     "IntegrationUnavailable",
     "InvalidValue",
+    "Malformed",
     "RunClosed",
     "SpoolError",
     "SpoolFormatError",
@@ -84,6 +86,10 @@ class SpoolFormatError(SpoolError):
 
 class ExportError(TraceletError):
     """A destination answered in a way that can't be mended by trying again."""
+
+
+class Malformed(TraceletError, ValueError):
+    """A request that is no OTLP message of its signal; sending it again can't help."""
 
 
 class IntegrationUnavailable(TraceletError):
