@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from tracelet.cli.main import EXIT_CODES, parser
+from tracelet.gateway.options import GATEWAY_SETTINGS
 from tracelet.settings import SETTINGS
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -20,6 +21,15 @@ def settings() -> str:
     for setting in SETTINGS:
         variable = f"`{setting.env}`" if setting.env else "(none)"
         rows.append(f"| {variable} | `{setting.name}` | {setting.doc} | {setting.default} |")
+    return "\n".join(rows) + "\n"
+
+
+def gateway_settings() -> str:
+    """The table of the gateway's own settings."""
+    rows = ["| variable | option | what it is for | default |", "|---|---|---|---|"]
+    for setting in GATEWAY_SETTINGS:
+        option = f"--{setting.name.replace('prefixes', 'prefix').replace('_', '-')}"
+        rows.append(f"| `{setting.env}` | `{option}` | {setting.doc} | {setting.default} |")
     return "\n".join(rows) + "\n"
 
 
@@ -57,6 +67,7 @@ def main() -> int:
     wrong = 0
     pages = {
         "reference/settings.md": settings(),
+        "reference/gateway.md": gateway_settings(),
         "reference/commands.md": commands(),
         "decisions/index.md": decisions(),
     }

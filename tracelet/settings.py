@@ -251,14 +251,17 @@ READ_ELSEWHERE = frozenset(
     {
         # Names of other programs of this family. They are no settings of a run, and no misspelling either.
         "TRACELET_ARTIFACT_DIR",
+        "TRACELET_ARTIFACT_GATEWAY",
+        "TRACELET_ARTIFACT_STORE",
+        "TRACELET_ARTIFACT_TOKEN",
+        "TRACELET_ARTIFACT_TOKEN_FILE",
         "TRACELET_COLLECTOR_HEALTH",
         "TRACELET_COLLECTOR_METRICS_HOST",
         "TRACELET_COLLECTOR_METRICS_PORT",
-        "TRACELET_GATEWAY_TOKEN",
-        "TRACELET_GATEWAY_URL",
         "TRACELET_KAFKA_BROKERS",
         "TRACELET_LOG_AGE",
         "TRACELET_LOKI_URL",
+        "TRACELET_LOST_AFTER",
         "TRACELET_METRIC_PREFIX",
         "TRACELET_OTLP_GRPC",
         "TRACELET_OTLP_HTTP",
@@ -273,6 +276,9 @@ READ_ELSEWHERE = frozenset(
         "TRACELET_WINDOW_AHEAD",
     }
 )
+
+# The gateway has its own table, and is strict about it: tracelet/gateway/options.py.
+_GATEWAY = "TRACELET_GATEWAY_"
 
 # Kubernetes sets these in every container of a namespace that has a Service whose name begins with `tracelet`.
 _KUBERNETES = re.compile(
@@ -306,8 +312,9 @@ def resolve(
     Cost: the environment is walked once; one `stat` for each folder up to the git root.
     """
     for unknown in sorted(name for name in environ if name.startswith("TRACELET_") and name not in _BY_ENV):
-        if unknown not in READ_ELSEWHERE and not _KUBERNETES.fullmatch(unknown):
-            raise _unknown("the environment", unknown, _BY_ENV)
+        if unknown.startswith(_GATEWAY) or unknown in READ_ELSEWHERE or _KUBERNETES.fullmatch(unknown):
+            continue
+        raise _unknown("the environment", unknown, _BY_ENV)
     folder, table = _pyproject(cwd)
     pyproject = f"pyproject.toml ({folder / 'pyproject.toml'})" if folder is not None else "pyproject.toml"
     variables = {setting.name: environ[env] for env, setting in _BY_ENV.items() if environ.get(env)}

@@ -1,0 +1,140 @@
+"""OTLP over gRPC: the three Export services, in the event loop of the HTTP server.
+
+Each `Export` is handled as a stream of one message, which is the same on the wire: so credentials are looked at before
+the message is read, and reading has a time limit. gRPC's own decompression is off, since it knows no limit for what a
+small message inflates to: the compressed bytes arrive here, and a protobuf message can't begin with gzip's or zlib's
+first byte (0x1f is no field's tag; 0x78 is the tag of field 15, and a request has none).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+from google.rpc.error_details_pb2 import RetryInfo
+from google.rpc.status_pb2 import Status
+from grpc import aio
+
+from tracelet.gateway.app import GRPC_CODES, PROTOBUF
+from tracelet.gateway.limits import BUSY_AGAIN_S, Encoding, Refused
+from tracelet.gateway.reception import Reception, Sent, Signal
+from tracelet.guard import guard
+
+__all__ = ["build_grpc"]
+
+_SERVICES: Mapping[str, Signal] = {
+    "opentelemetry.proto.collector.metrics.v1.MetricsService": "metrics",
+    "opentelemetry.proto.collector.logs.v1.LogsService": "logs",
+    "opentelemetry.proto.collector.trace.v1.TraceService": "traces",
+}
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
+_GRPC_FRAME = 64 * 1024  # what gRPC counts of a message beside its body, and some air
+
+
+def build_grpc(reception: Reception, pool: ThreadPoolExecutor) -> aio.Server:
+    """A server that has no port yet; blocking work runs in `pool`. Call it in the event loop that will serve it."""
+    limits = reception.limits
+    longest = max(limits.max_body, limits.max_compressed) + _GRPC_FRAME
+    server = aio.server(
+        options=[
+            ("grpc.max_receive_message_length", longest),
+            ("grpc.per_message_decompression", 0),
+            ("grpc.so_reuseport", 0),  # two gateways on one port are a mistake, not a load balancer
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # a collector's keepalive is no attack
+        ]
+    )
+    service = _Service(reception, pool)
+    for name, signal in _SERVICES.items():
+        method = grpc.stream_unary_rpc_method_handler(service.export(signal))
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, {"Export": method}),))
+    return server
+
+
+class _Service:
+    def __init__(self, reception: Reception, pool: ThreadPoolExecutor) -> None:
+        self._reception = reception
+        self._pool = pool
+        limits = reception.limits
+        # A message is whole in memory before it is seen: so only as many are read at once as there is room for.
+        self._reading = asyncio.Semaphore(max(4, limits.max_in_flight // max(limits.max_body, 1)))
+
+    def export(self, signal: Signal) -> Callable[..., Any]:
+        """The method `Export` of one service."""
+
+        async def endpoint(_: object, context: Any) -> bytes:
+            started = time.monotonic()
+            metadata = {
+                str(name).lower(): value if isinstance(value, str) else value.decode("latin-1")
+                for name, value in context.invocation_metadata() or ()
+            }
+            metrics = self._reception.metrics
+            try:
+                await self._receive(signal, metadata, context)
+            except Refused as error:
+                refused = self._reception.toward(error, metadata)
+            except Exception as error:  # noqa: BLE001 - a fault of ours: INTERNAL would make a collector drop its data
+                metrics.refused("fault")
+                guard.note(f"take a request of {signal}", error)
+                refused = Refused(
+                    503, "fault", "the gateway met a fault; its log says more", retry_after_s=BUSY_AGAIN_S
+                )
+            else:
+                metrics.answered(signal, "grpc", "OK", time.monotonic() - started)
+                return b""  # an empty Export*ServiceResponse: full success
+            code = _CODES[GRPC_CODES[refused.http]]
+            metrics.answered(signal, "grpc", code.name, time.monotonic() - started)
+            await context.abort(code, refused.message, (("grpc-status-details-bin", _details(refused)),))
+            raise AssertionError("abort raises")
+
+        return endpoint
+
+    async def _receive(self, signal: Signal, metadata: Mapping[str, str], context: Any) -> None:
+        reception = self._reception
+        caller = reception.admit(metadata)
+        with reception.budget.hold() as held:
+            message = await self._message(context)
+            held.add(len(message))
+            sent = Sent(signal, message, _encoding(message), PROTOBUF)
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._pool, reception.take, sent, caller, held)
+
+    async def _message(self, context: Any) -> bytes:
+        limits = self._reception.limits
+        try:
+            async with asyncio.timeout(limits.body_timeout_s), self._reading:
+                message = await context.read()
+        except TimeoutError:
+            # Retryable by the OTLP specification, as is UNAVAILABLE.
+            raise Refused(408, "slow", "the message did not arrive in time", retry_after_s=BUSY_AGAIN_S) from None
+        if message is aio.EOF:
+            raise Refused(400, "malformed", "the call ended without a message")
+        return bytes(message)
+
+
+def _encoding(message: bytes) -> Encoding:
+    if message.startswith(b"\x1f\x8b"):
+        return "gzip"
+    if message[:1] == b"\x78" and len(message) > 1 and int.from_bytes(message[:2], "big") % 31 == 0:
+        return "deflate"
+    return "identity"
+
+
+def _details(refused: Refused) -> bytes:
+    status = Status(code=GRPC_CODES[refused.http], message=refused.message)
+    if refused.retry_after_s is not None:
+        info = RetryInfo()
+        info.retry_delay.FromTimedelta(_timedelta(refused.retry_after_s))
+        status.details.add().Pack(info)
+    content: bytes = status.SerializeToString()
+    return content
+
+
+def _timedelta(seconds: float) -> Any:
+    from datetime import timedelta
+
+    return timedelta(seconds=seconds)

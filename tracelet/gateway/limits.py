@@ -1,0 +1,173 @@
+"""How much may come in: sizes, bytes in flight, time; and the refusal that says what was too much.
+
+Everything here is checked while bytes arrive, so that neither a huge body nor a small one that inflates to a huge one
+is ever whole in memory.
+"""
+
+from __future__ import annotations
+
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["BUSY_AGAIN_S", "Budget", "Encoding", "Held", "Limits", "Refused", "inflate"]
+
+MIB = 1 << 20
+
+BUSY_AGAIN_S = 5.0
+"""What a client is told to wait when the gateway has no room for its request just now."""
+
+Encoding = Literal["identity", "gzip", "deflate"]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one request, and all of them together, may take."""
+
+    max_body: int = 16 * MIB  # bytes of a request once inflated
+    max_compressed: int = 16 * MIB  # bytes of a request as sent, where it is compressed
+    max_in_flight: int = 256 * MIB  # bytes of all requests that are being received or taken
+    header_timeout_s: float = 10.0  # until a request's headers are there
+    idle_timeout_s: float = 10.0  # between two pieces of a body
+    body_timeout_s: float = 60.0  # for all of a body
+    threads: int = 16  # requests being decoded and written at once
+    max_connections: int = 1000
+
+
+class Refused(Exception):
+    """A request that is not taken, with what its sender is told.
+
+    `reason` is a word for the metric; `http` the status; `retry_after_s` when to come again, None for never.
+    """
+
+    def __init__(self, http: int, reason: str, message: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.http = http
+        self.reason = reason
+        self.message = message
+        self.retry_after_s = retry_after_s
+
+
+class Held:
+    """The bytes of one request in the budget."""
+
+    def __init__(self, take: Callable[[int], None]) -> None:
+        self._take = take
+        self.count = 0
+
+    def add(self, count: int) -> None:
+        """Count `count` bytes more.
+
+        Raises:
+            Refused: all requests together hold too much; 503.
+        """
+        self._take(count)
+        self.count += count
+
+
+class Budget:
+    """The bytes of all requests in flight, bounded.
+
+    Examples:
+        >>> from tracelet.gateway.limits import Budget
+        >>> budget = Budget(100)
+        >>> with budget.hold() as held:
+        ...     held.add(60)
+        ...     budget.in_flight
+        60
+        >>> budget.in_flight
+        0
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max = max_bytes
+        self._lock = threading.Lock()
+        self.in_flight = 0
+
+    @contextmanager
+    def hold(self) -> Iterator[Held]:
+        """Room for one request, given back at the end of the block."""
+        held = Held(self._take)
+        try:
+            yield held
+        finally:
+            with self._lock:
+                self.in_flight -= held.count
+
+    def _take(self, count: int) -> None:
+        with self._lock:
+            if self.in_flight + count > self._max:
+                raise Refused(
+                    503,
+                    "busy",
+                    f"requests in flight hold {self.in_flight} of {self._max} bytes: come again",
+                    retry_after_s=BUSY_AGAIN_S,
+                )
+            self.in_flight += count
+
+
+_STEP = 256 * 1024
+
+
+def inflate(data: bytes, encoding: Encoding, max_bytes: int, held: Held | None = None) -> bytes:
+    """The body as it was before compression, at most `max_bytes` long.
+
+    `gzip` may have several members; `deflate` is zlib's format, or a raw stream as some clients send it. What it
+    inflates to is counted in `held` while it grows.
+
+    Raises:
+        Refused: it is longer (413), is no such stream or is cut off (400), or there is no room just now (503).
+
+    Examples:
+        >>> import gzip
+        >>> from tracelet.gateway.limits import inflate
+        >>> inflate(gzip.compress(b"points"), "gzip", 100)
+        b'points'
+    """
+    if encoding == "identity":
+        if len(data) > max_bytes:
+            raise too_large(max_bytes)
+        return data
+    try:
+        return _inflate(data, 31 if encoding == "gzip" else 15, max_bytes, held)
+    except zlib.error as error:
+        if encoding == "deflate":
+            try:
+                return _inflate(data, -15, max_bytes, held)
+            except zlib.error:
+                pass
+        raise Refused(400, "malformed", f"the body is no {encoding} stream: {error}") from None
+
+
+def _inflate(data: bytes, window: int, max_bytes: int, held: Held | None) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        stream = zlib.decompressobj(window)
+        while not stream.eof:
+            piece = stream.decompress(data, _STEP)
+            data = stream.unconsumed_tail
+            size += len(piece)
+            if size > max_bytes:
+                raise too_large(max_bytes)
+            if held is not None:
+                held.add(len(piece))
+            parts.append(piece)
+            if not piece and not data and not stream.eof:
+                raise zlib.error("it is cut off")
+        data = stream.unused_data.lstrip(b"\0") if window == 31 else b""  # gzip: padding, or another member
+        if not data:
+            return b"".join(parts)
+
+
+def too_large(max_bytes: int) -> Refused:
+    """The refusal of a request beyond a limit."""
+    return Refused(
+        413,
+        "too large",
+        f"the request is larger than the {max_bytes} bytes this gateway takes: send smaller batches"
+        " (TRACELET_GATEWAY_MAX_BODY is the limit here)",
+    )

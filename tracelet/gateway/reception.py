@@ -1,0 +1,164 @@
+"""One request, whatever brought it: who sends it, what it says, into the spool; or the refusal its sender understands.
+
+HTTP and gRPC both end here. `take` returns only when the spool has the data on the disk: what it returns may be
+acknowledged.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+
+from tracelet.errors import TraceletError
+from tracelet.gateway.aside import Aside
+from tracelet.gateway.auth import WIRE_VERSION_HEADER, Auth
+from tracelet.gateway.callers import Caller, Forbidden, Full, IntakeInfo, Taken
+from tracelet.gateway.limits import BUSY_AGAIN_S, Budget, Encoding, Held, Limits, Refused, inflate
+from tracelet.gateway.metrics import GatewayMetrics
+from tracelet.guard import guard
+from tracelet.otlp import decode
+
+if TYPE_CHECKING:
+    from tracelet.otlp.decode import Decoded
+
+__all__ = ["SIGNALS", "Reception", "Sent", "Signal", "TakesDecoded"]
+
+Signal = Literal["metrics", "logs", "traces"]
+SIGNALS: tuple[Signal, ...] = ("metrics", "logs", "traces")
+
+FULL_AGAIN_S = 30.0
+"""What a client is told to wait when the spool is full, or when its credentials are to be mended first."""
+
+_DECODE: Mapping[str, Any] = {
+    "metrics": decode.decode_metrics,
+    "logs": decode.decode_logs,
+    "traces": decode.decode_traces,
+}
+
+
+class Sent(NamedTuple):
+    """A request's body as it came."""
+
+    signal: Signal
+    data: bytes
+    encoding: Encoding
+    content_type: str  # the media type alone
+
+
+class TakesDecoded(Protocol):
+    """What stands behind the door; `tracelet.gateway.intake.Intake` is the one that keeps things."""
+
+    def take(self, decoded: Decoded, caller: Caller) -> Taken:
+        """Store what is ours of a request; returns only when it is on the disk."""
+
+    def run_info(self) -> IntakeInfo:
+        """The numbers for /metrics."""
+
+
+class Reception:
+    """Everything between a transport and the intake."""
+
+    def __init__(self, intake: TakesDecoded, auth: Auth, limits: Limits, metrics: GatewayMetrics, aside: Aside) -> None:
+        self.limits = limits
+        self.metrics = metrics
+        self.budget = Budget(limits.max_in_flight)
+        self.stopping = threading.Event()
+        """Set: nothing new is taken (503), what is being taken is finished."""
+        self._intake = intake
+        self._auth = auth
+        self._aside = aside
+
+    def admit(self, headers: Mapping[str, str]) -> Caller:
+        """Who sends a request with these headers (names in lower case), before its body is read.
+
+        Raises:
+            Refused: the gateway is about to stop, or the credentials won't do.
+        """
+        if self.stopping.is_set():
+            raise Refused(503, "stopping", "the gateway is about to stop: come again", retry_after_s=1.0)
+        return self._auth.caller(headers)
+
+    def take(self, sent: Sent, caller: Caller, held: Held) -> None:
+        """Inflate, decode and store one request; called in a worker thread.
+
+        Raises:
+            Refused: it isn't acknowledged; see `Refused.http`.
+        """
+        signal = sent.signal
+        body = inflate(sent.data, sent.encoding, self.limits.max_body, held)
+        message = self._parsed(signal, body, sent.content_type)
+        decoded = self._decoded(signal, message)
+        if decoded is None:
+            return
+        foreign, unknown = decoded.foreign, sum(decoded.unknown.values())
+        if unknown:
+            versions = ", ".join(repr(version)[:40] for version in sorted(decoded.unknown)[:5])
+            why = f"its wire version ({versions}) is of a major this release doesn't know"
+            self._set_aside(signal, message, "unknown wire version", why)
+        taken = self._stored(decoded, caller)
+        self.metrics.took(signal, taken, foreign=foreign, unknown=unknown)
+
+    def _parsed(self, signal: Signal, body: bytes, content_type: str) -> Any:
+        try:
+            return decode.parse(signal, body, content_type)
+        except (TraceletError, ValueError) as error:
+            raise Refused(400, "malformed", str(error)) from None
+
+    def _decoded(self, signal: Signal, message: Any) -> Decoded | None:
+        try:
+            found: Decoded = _DECODE[signal](message)
+            return found
+        except Exception as error:  # noqa: BLE001 - a fault of ours; the same request would meet it for ever, and hold
+            # up the queue of the collector that sends it: so it is kept aside, and acknowledged
+            guard.note(f"decode a request of {signal}", error)
+            self._set_aside(signal, message, "fault", f"decoding it failed: {type(error).__name__}")
+            return None
+
+    def _stored(self, decoded: Decoded, caller: Caller) -> Taken:
+        if not decoded.arrivals:
+            return Taken()
+        try:
+            return self._intake.take(decoded, caller)
+        except Forbidden as error:
+            raise Refused(403, "foreign run", str(error)) from None
+        except Full as error:
+            guard.limited("full", "nothing is taken: %s", error)
+            raise Refused(503, "full", str(error), retry_after_s=FULL_AGAIN_S) from None
+        except (TraceletError, OSError) as error:
+            guard.limited("spool", "nothing is taken: %s: %s", type(error).__name__, error)
+            raise Refused(503, "spool", f"the spool can't be written: {error}", retry_after_s=BUSY_AGAIN_S) from None
+
+    def _set_aside(self, signal: Signal, message: Any, reason: str, why: str) -> None:
+        try:
+            kept = self._aside.keep(signal, message.SerializeToString(), why)
+        except OSError as error:
+            raise Refused(503, "spool", f"can't write aside: {error.strerror}", retry_after_s=BUSY_AGAIN_S) from None
+        self.metrics.put_aside(reason, kept)
+
+    def toward(self, refused: Refused, headers: Mapping[str, str]) -> Refused:
+        """The refusal as this client should get it; logged and counted.
+
+        A collector drops its backlog at a 401 or 403, whoever's fault it is, and its clients' tokens never arrive
+        here; it drops a request at a 408 too, which OTLP doesn't list as one to repeat. So only a client that names
+        our wire version, and keeps what is refused, is told so; others wait.
+        """
+        self.metrics.refused(refused.reason)
+        if refused.http not in (401, 403, 408):
+            return refused
+        ours = bool(headers.get(WIRE_VERSION_HEADER, "").strip())
+        guard.limited(
+            f"refused: {refused.reason}",
+            "REFUSED (%s): %s; it is answered with %s",
+            refused.reason,
+            refused.message,
+            refused.http if ours else "503, so that a collector keeps it and asks again",
+        )
+        if ours:
+            return refused
+        return Refused(
+            503,
+            refused.reason,
+            f"not taken now ({refused.reason}): {refused.message}; keep it, and send it again once this is mended",
+            retry_after_s=FULL_AGAIN_S,
+        )
