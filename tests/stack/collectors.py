@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import gzip
 import http.client
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.parse
@@ -19,40 +16,21 @@ import urllib.request
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from signal import SIGTERM
 from typing import Any
-
-import pytest
 
 from tests.otlp_batches import points
 from tests.sinks import HttpSink, Say, until
+from tests.stack.harness import REPOSITORY, program
 from tracelet.otlp import semconv
 from tracelet.otlp.encode import MetricsLoad, PointsLoad, fitting, resource_bytes
 from tracelet.otlp.run_metrics import end_markers
 from tracelet.records import PointBatch, Scalar
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = REPOSITORY / "collector-config"
 MS = 1_000_000
 MINUTE = 60_000_000_000
 HOUR = 60 * MINUTE
-# Taken at import: each test starts with an environment without tracelet's names.
-_ENVIRON = dict(os.environ)
-_REQUIRED = _ENVIRON.get("TRACELET_TEST_REQUIRE_STACK") == "1"
-
-
-@functools.cache
-def program(name: str) -> str:
-    """The path of one of the real programs; a test that needs one that isn't there is skipped with the reason."""
-    asked = subprocess.run(
-        [sys.executable, str(REPOSITORY / "scripts/stack.py"), "where", name],
-        env=_ENVIRON,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if asked.returncode:
-        (pytest.fail if _REQUIRED else pytest.skip)(asked.stderr.strip())
-    return asked.stdout.strip()
 
 
 def free_ports(count: int) -> list[int]:
@@ -90,7 +68,7 @@ class Process:
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             return False
 
-    def stop(self, how: int = signal.SIGTERM) -> None:
+    def stop(self, how: int = SIGTERM) -> None:
         if self.process is not None:
             self.process.send_signal(how)
             try:
@@ -99,6 +77,10 @@ class Process:
                 self.process.kill()
                 self.process.wait()
             self.process = None
+
+    def signal(self, number: int) -> None:
+        assert self.process is not None
+        self.process.send_signal(number)
 
     def __enter__(self) -> Any:
         self.start()
@@ -141,9 +123,9 @@ class Collector(Process):
             "TRACELET_QUEUE_DIR": str(self.queues),
             "TRACELET_QUEUE_FSYNC": "false",
         }
-        argv = [program("collector")]
+        argv = [str(program("collector"))]
         for file in files or ["collector.yaml"]:
-            argv += ["--config", str(CONFIG / file)]
+            argv += ["--config", file if str(file).startswith("yaml:") else str(CONFIG / file)]
         addresses = {"PROMETHEUS_URL": prometheus, "GATEWAY_URL": gateway, "LOKI_URL": loki, "TEMPO_ENDPOINT": tempo}
         given |= {f"TRACELET_{name}": address for name, address in addresses.items() if address is not None}
         if "kafka-edge.yaml" not in files:
@@ -155,7 +137,7 @@ class Collector(Process):
                     *(["traces/tempo"] if tempo is None else []),
                 ]
             )
-        super().__init__(folder, "collector", argv, {"PATH": _ENVIRON.get("PATH", "")} | given | environ, health)
+        super().__init__(folder, "collector", argv, {"PATH": os.environ.get("PATH", "")} | given | environ, health)
 
     def numbers(self, name: str) -> dict[str, float]:
         """The collector's own metric `name`: value by its labels, as they are written."""
@@ -192,14 +174,14 @@ class Prometheus(Process):
         self.at = f"http://127.0.0.1:{port}"
         self.otlp = f"{self.at}/api/v1/otlp"
         argv = [
-            program("prometheus"),
+            str(program("prometheus")),
             f"--config.file={config}",
             f"--storage.tsdb.path={folder / 'data'}",
             f"--web.listen-address=127.0.0.1:{port}",
             "--web.enable-otlp-receiver",
             *more,
         ]
-        super().__init__(folder, "prometheus", argv, {"PATH": _ENVIRON.get("PATH", "")}, f"{self.at}/-/ready")
+        super().__init__(folder, "prometheus", argv, {"PATH": os.environ.get("PATH", "")}, f"{self.at}/-/ready")
 
     def ask(self, path: str, **query: str) -> Any:
         with urllib.request.urlopen(f"{self.at}/api/v1/{path}?{urllib.parse.urlencode(query)}", timeout=30) as answer:
@@ -270,9 +252,9 @@ def made(count: int, *names: str, start: int, step: int = MS, dense: Iterable[in
     return points(rows(count, *names), start=start, step=step, dense=dense)
 
 
-def now_ns(ago: float = 0.0) -> int:
+def now_ns(ago: int = 0) -> int:
     """`ago` ns before now, at a whole millisecond."""
-    return int((time.time_ns() - ago) // MS * MS)
+    return (time.time_ns() - ago) // MS * MS
 
 
 @contextmanager
@@ -285,14 +267,14 @@ def connection(url: str) -> Iterator[http.client.HTTPConnection]:
         open_.close()
 
 
-def send(url: str, bodies: Iterable[bytes], *, signal: str = "metrics", **headers: str) -> list[int]:
+def send(url: str, bodies: Iterable[bytes], *, signal: str = "metrics", prefix: str = "", **headers: str) -> list[int]:
     """Send each body once; the statuses."""
     statuses = []
     with connection(url) as open_:
         for body in bodies:
             given = {"Content-Type": "application/x-protobuf", "Content-Encoding": "gzip"}
             given |= {name.replace("_", "-"): value for name, value in headers.items()}
-            open_.request("POST", f"/v1/{signal}", gzip.compress(body, 1), given)
+            open_.request("POST", f"{prefix}/v1/{signal}", gzip.compress(body, 1), given)
             answer = open_.getresponse()
             answer.read()
             statuses.append(answer.status)

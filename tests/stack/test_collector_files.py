@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.stack.collectors import CONFIG, program
+from tests.stack.collectors import CONFIG
+from tests.stack.harness import program
 
 # Each variant as its head says it is run.
 WAYS = [
@@ -86,7 +87,7 @@ def queues(config: dict[str, Any]) -> list[int]:
 
 @pytest.mark.parametrize("way", WAYS, ids="+".join)
 def test_a_collector_takes_the_file_as_its_head_says(way: tuple[str, ...]) -> None:
-    argv = [program("collector"), "validate"]
+    argv = [str(program("collector")), "validate"]
     for name in way:
         argv += ["--config", str(CONFIG / name)]
     done = subprocess.run(argv, capture_output=True, text=True, check=False, env={})

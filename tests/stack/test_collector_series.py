@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.otlp_batches import points
 from tests.sinks import HttpSink, until
 from tests.stack.collectors import (
-    HOUR,
+    MINUTE,
     MS,
     Collector,
     Prometheus,
@@ -27,7 +27,7 @@ COUNT = 20_000
 
 
 def test_every_point_of_a_run_is_in_both_backends_at_its_own_millisecond(tmp_path: Path) -> None:
-    start = now_ns(HOUR / 60)
+    start = now_ns(MINUTE)
     runs = [Sender("run-1"), Sender("run-2"), Sender("run-2", rank=1)]
     sent = [made(COUNT, "train/loss", "train.loss", start=start) for _ in runs]
     with (
@@ -119,7 +119,7 @@ def test_what_tracelet_says_about_a_run_has_its_labels_and_no_prefix_and_no_comp
 
 
 def test_only_points_that_share_a_millisecond_are_left_out_of_prometheus_and_are_counted(tmp_path: Path) -> None:
-    start = now_ns(HOUR / 60)
+    start = now_ns(MINUTE)
     run, dense = Sender("dense"), range(500, 1000)
     batch = made(1000, "loss", start=start, dense=dense)
     with (
