@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,8 +38,6 @@ def test_a_broker_that_is_killed_and_a_core_that_is_away_cost_nothing(through_ka
         said, _ = running[0].communicate(timeout=120)  # ends: nobody waited for the broker
         assert running[0].returncode == 0, said
         through_kafka.start("kafka")
-        time_of_return = time.monotonic()
         through_kafka.start("collector-core")
     all_in_prometheus(through_kafka, "kafka-away", 20_000)
     all_in_mlflow(through_kafka, "kafka-away", 20_000)
-    assert time.monotonic() - time_of_return < 300
