@@ -7,8 +7,8 @@ acknowledged.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, Protocol
 
 from tracelet.errors import TraceletError
 from tracelet.gateway.aside import Aside
@@ -18,11 +18,9 @@ from tracelet.gateway.limits import BUSY_AGAIN_S, Budget, Encoding, Held, Limits
 from tracelet.gateway.metrics import GatewayMetrics
 from tracelet.guard import guard
 from tracelet.otlp import decode
+from tracelet.otlp.decode import Decoded
 
-if TYPE_CHECKING:
-    from tracelet.otlp.decode import Decoded
-
-__all__ = ["SIGNALS", "Reception", "Sent", "Signal", "TakesDecoded"]
+__all__ = ["DECODERS", "SIGNALS", "Reception", "Sent", "Signal", "TakesDecoded"]
 
 Signal = Literal["metrics", "logs", "traces"]
 SIGNALS: tuple[Signal, ...] = ("metrics", "logs", "traces")
@@ -30,7 +28,7 @@ SIGNALS: tuple[Signal, ...] = ("metrics", "logs", "traces")
 FULL_AGAIN_S = 30.0
 """What a client is told to wait when the spool is full, or when its credentials are to be mended first."""
 
-_DECODE: Mapping[str, Any] = {
+DECODERS: Mapping[str, Callable[[Any], Decoded]] = {
     "metrics": decode.decode_metrics,
     "logs": decode.decode_logs,
     "traces": decode.decode_traces,
@@ -59,7 +57,16 @@ class TakesDecoded(Protocol):
 class Reception:
     """Everything between a transport and the intake."""
 
-    def __init__(self, intake: TakesDecoded, auth: Auth, limits: Limits, metrics: GatewayMetrics, aside: Aside) -> None:
+    def __init__(
+        self,
+        intake: TakesDecoded,
+        auth: Auth,
+        limits: Limits,
+        metrics: GatewayMetrics,
+        aside: Aside,
+        *,
+        decoders: Mapping[str, Callable[[Any], Decoded]] = DECODERS,
+    ) -> None:
         self.limits = limits
         self.metrics = metrics
         self.budget = Budget(limits.max_in_flight)
@@ -68,6 +75,7 @@ class Reception:
         self._intake = intake
         self._auth = auth
         self._aside = aside
+        self._decoders = decoders
 
     def admit(self, headers: Mapping[str, str]) -> Caller:
         """Who sends a request with these headers (names in lower case), before its body is read.
@@ -107,8 +115,7 @@ class Reception:
 
     def _decoded(self, signal: Signal, message: Any) -> Decoded | None:
         try:
-            found: Decoded = _DECODE[signal](message)
-            return found
+            return self._decoders[signal](message)
         except Exception as error:  # noqa: BLE001 - a fault of ours; the same request would meet it for ever, and hold
             # up the queue of the collector that sends it: so it is kept aside, and acknowledged
             guard.note(f"decode a request of {signal}", error)
@@ -160,5 +167,5 @@ class Reception:
             503,
             refused.reason,
             f"not taken now ({refused.reason}): {refused.message}; keep it, and send it again once this is mended",
-            retry_after_s=FULL_AGAIN_S,
+            retry_after_s=refused.retry_after_s or FULL_AGAIN_S,
         )

@@ -22,6 +22,7 @@ from typing import Any
 
 import uvicorn
 from grpc import aio
+from prometheus_client import disable_created_metrics
 from starlette.requests import Request
 
 from tracelet.errors import ConfigError
@@ -78,6 +79,7 @@ def serve(options: Options, environ: Mapping[str, str], *, ready_file: Path | No
         body_timeout_s=options.body_timeout,
         threads=options.threads,
     )
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter, which nobody asks for
     metrics = GatewayMetrics()
     reception = Reception(intake, auth, limits, metrics, Aside(options.dir / "unknown", options.unknown_bytes))
     artifacts = _artifacts(options, auth)
