@@ -13,8 +13,19 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+import yaml
 
-from tests.stack.harness import Stack, ask, environment, is_running, require, stack_command, text_of, wait_until
+from tests.stack.harness import (
+    REPOSITORY,
+    Stack,
+    ask,
+    environment,
+    is_running,
+    require,
+    stack_command,
+    text_of,
+    wait_until,
+)
 
 SMALL = ("gateway", "mlflow")
 
@@ -219,3 +230,33 @@ def test_a_branch_without_a_backend_here_is_switched_off(small: Stack) -> None:
     assert "yaml:service::pipelines::logs/loki::exporters: [nop]" in words
     assert "yaml:service::pipelines::metrics/gateway::exporters: [nop]" in words
     assert not [word for word in words if "metrics/prometheus" in word]
+
+
+def test_targets_get_the_addresses_of_this_machine_and_what_does_not_run_here_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(REPOSITORY / "scripts"))
+    from stack_services import write_targets
+
+    (tmp_path / "all.yaml").write_text(
+        """# as docker-compose.yml names them
+- targets: [collector:8888]
+  labels: {job: collector}
+- targets: ["gateway:4318", "gateway-2:4318"]
+- targets: [tempo:3200]
+"""
+    )
+    (tmp_path / "tempo.yaml").write_text('- targets: ["tempo:3200"]\n')
+    write_targets(
+        tmp_path,
+        {
+            "collector_metrics": "http://127.0.0.1:1/metrics",
+            "core_collector_metrics": "http://127.0.0.1:2/metrics",
+            "gateways": ["http://127.0.0.1:3"],
+        },
+    )
+    assert yaml.safe_load((tmp_path / "all.yaml").read_text()) == [
+        {"targets": ["127.0.0.1:1", "127.0.0.1:2"], "labels": {"job": "collector"}},
+        {"targets": ["127.0.0.1:3"]},
+    ]
+    assert yaml.safe_load((tmp_path / "tempo.yaml").read_text()) == []
