@@ -251,6 +251,16 @@ def kafka_build(program: Program, into: Path, jobs: int) -> None:
     check_jars(jars, (module / "SHA512SUMS").read_text())
 
 
+def npm_build(program: Program, into: Path, jobs: int) -> None:
+    """Install the packages of package-lock.json, each with its committed SHA-512, and run nothing of theirs."""
+    npm = shutil.which("npm")
+    if npm is None or shutil.which("node") is None:
+        raise StackError(f"{program.name} needs Node.js and npm: on Debian and Ubuntu `apt-get install nodejs npm`")
+    for name in ("package.json", "package-lock.json"):
+        shutil.copy(MODULES / program.folder / name, into / name)
+    run([npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund"], into, {}, program.name)
+
+
 def check_jars(folder: Path, sums: str) -> None:
     """The folder holds exactly the files listed, each with its digest, or StackError."""
     wanted = {name: digest for digest, name in (line.split() for line in sums.splitlines() if line.strip())}
@@ -375,6 +385,14 @@ PROGRAMS: Mapping[str, Program] = {
             make=go_build,
             package="github.com/grafana/loki/v3/cmd/loki",
             version_symbol="github.com/grafana/loki/v3/pkg/util/build.Version",
+        ),
+        Program(
+            name="grafana-schema",  # Grafana's own types and a compiler: what the dashboards are checked with
+            version="13.2.3",
+            result="node_modules",
+            folder="grafana-schema",
+            on_path=(),
+            make=npm_build,
         ),
     )
 }

@@ -185,6 +185,7 @@ def add_mlflow(made: Plan, environment: Mapping[str, str]) -> None:
     made.addresses["mlflow"] = address
     argv = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
     argv += ["--backend-store-uri", store, "--artifacts-destination", str(folder / "artifacts")]
+    argv += ["--allowed-hosts", "mlflow:*,localhost:*,127.0.0.1:*"]  # as in docker-compose.yml: any other is a 403
     settings = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true", **more}
     settings |= {name: value for name, value in environment.items() if name.startswith("MLFLOW_")}
     made.add(Service("mlflow", argv, folder, settings, says_ok(f"{address}/health"), needs, stop_round=3))
@@ -302,7 +303,7 @@ def add_gateway(made: Plan, number: int, environment: Mapping[str, str]) -> None
     made.addresses.setdefault("gateways", []).append(address)
     made.addresses.setdefault("gateways_grpc", []).append(f"{HOST}:{grpc}")
     argv = [sys.executable, "-m", "tracelet", "gateway", "--host", HOST, "--http-port", str(http)]
-    argv += ["--grpc-port", str(grpc), "--dir", str(folder), "--mlflow", made.addresses["mlflow"]]
+    argv += ["--grpc-port", str(grpc), "--dir", str(folder), "--mlflow", made.addresses["mlflow"], "--allow-anonymous"]
     made.add(Service(name, argv, folder, dict(environment), says_ok(f"{address}/readyz"), stop_round=2))
 
 
@@ -418,7 +419,7 @@ def add_prometheus(made: Plan) -> None:
     address = made.addresses.setdefault("prometheus", f"http://{HOST}:{made.ports.take('prometheus')}")
     argv = [str(programs.find("prometheus")), f"--config.file={config / 'prometheus.yaml'}"]
     argv += [f"--storage.tsdb.path={folder / 'data'}", f"--web.listen-address={address.removeprefix('http://')}"]
-    argv += ["--web.enable-otlp-receiver", "--web.enable-lifecycle"]
+    argv += ["--storage.tsdb.retention.time=30d", "--web.enable-otlp-receiver", "--web.enable-lifecycle"]
     made.add(Service("prometheus", argv, folder, {}, says_ok(f"{address}/-/ready"), stop_round=2))
 
 
