@@ -138,6 +138,21 @@ def test_a_run_begins_at_the_earliest_time_its_first_batch_tells_of(mlflow_serve
     assert get_run(mlflow_server, mlflow_id(exporter)).info.start_time == START_NS // 1_000_000
 
 
+def test_a_new_attempt_is_running_at_its_first_sign_and_ends_whatever_its_start_was_guessed_to_be(
+    mlflow_server: MlflowServer, run: RunInfo
+) -> None:
+    exporter = opened_exporter(mlflow_server.uri, run)
+    deliver(exporter, batch(run, started(), ended("FAILED")))
+    guessed = opened("b" * 16, START_NS + 20_000_000_000)
+    deliver(exporter, batch(run, ParamsLogged(START_NS, {"a": 1}), number=2, by=guessed))
+    assert get_run(mlflow_server, mlflow_id(exporter)).info.status == "RUNNING"
+    exact = opened("b" * 16, START_NS + 15_000_000_000)
+    deliver(exporter, batch(run, started(), ended("FINISHED"), number=3, by=exact))
+    assert get_run(mlflow_server, mlflow_id(exporter)).info.status == "FINISHED"
+    deliver(exporter, batch(run, ended("KILLED"), number=4))  # of the first attempt, late
+    assert get_run(mlflow_server, mlflow_id(exporter)).info.status == "FINISHED"
+
+
 # ---- spans -------------------------------------------------------------------------------------------------------
 
 

@@ -6,9 +6,11 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from tracelet.exporters.artifact_store import place_for
 from tracelet.exporters.base import Answer, Delivered
+from tracelet.exporters.otlp_artifacts import with_addresses
 from tracelet.exporters.otlp_delivery import OtlpDelivery
-from tracelet.exporters.otlp_wire import Options, Reply, Sender, options_for
+from tracelet.exporters.otlp_wire import Options, Reply, Sender, options_for, remembered
 from tracelet.guard import logger
 from tracelet.otlp.encode import SIGNALS
 from tracelet.otlp.plan import Ledger, Plan, heartbeat_load, plan
@@ -30,7 +32,7 @@ class OTLPExporter:
     effect. What the receiver refuses for good is found by halving, and named.
 
     Raises:
-        ConfigError: a protocol that isn't http/protobuf or grpc.
+        ConfigError: a protocol that isn't http/protobuf or grpc, or no place for artifacts (`artifact_store`).
     """
 
     max_points = 16_000  # 0.75 MB in one request, below Kafka's record limit
@@ -41,6 +43,7 @@ class OTLPExporter:
         signals = spec.get("signals")
         self._signals = tuple(SIGNALS if signals is None else signals)
         self._options = {signal: options_for(signal, spec, secrets, environ) for signal in self._signals}
+        self._place = place_for(remembered(spec, secrets) | dict(environ)) if "logs" in self._signals else None
         self._senders: dict[str, Sender] = {}
         self._files: dict[str, tuple[object, ...]] = {}
         self._ledger = Ledger()
@@ -60,9 +63,13 @@ class OTLPExporter:
 
     def begin(self, batch: Batch, note: Mapping[str, Any] | None = None) -> OtlpDelivery:
         """Prepare a batch; with `note`, make the very bytes that were made before."""
+        batch, uploads, kept = with_addresses(batch, self._place, note)
         planned = plan(batch, self._ledger, note)
+        planned.note.update(kept)
         loads = [load for load in planned.loads if load.signal in self._signals]
-        return OtlpDelivery(loads, planned.note, self._send, self._control, lambda: self._through(planned))
+        return OtlpDelivery(
+            loads, planned.note, self._send, self._control, lambda: self._through(planned), uploads=uploads
+        )
 
     def beat(self, batch: Batch, heartbeat: Heartbeat) -> None:
         """Send the run's state, once."""

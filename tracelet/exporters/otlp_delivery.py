@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tracelet.exporters.base import Answer, Delivered, Refusal, Rejected, RetryLater
+from tracelet.exporters.otlp_artifacts import Uploads
 from tracelet.exporters.otlp_wire import Reply
 from tracelet.guard import guard
 from tracelet.otlp import semconv
@@ -31,6 +32,7 @@ class _Job:
 class OtlpDelivery:
     """Sends the loads of a batch in order, through `send`.
 
+    `uploads` are the files that have to be at their place before an event leaves; points and spans don't wait for them.
     `control(signal)` repeats a request that passed before, and tells whether it is answered now.
     """
 
@@ -41,12 +43,15 @@ class OtlpDelivery:
         send: Callable[[str, bytes], Reply],
         control: Callable[[str], bool],
         done: Callable[[], None],
+        *,
+        uploads: Uploads | None = None,
     ) -> None:
         self._jobs = deque(_Job(load) for load in loads)
         self._note = note
         self._send = send
         self._control = control
         self._done = done
+        self._uploads = uploads
         self._refusals: list[Refusal] = []
 
     @property
@@ -68,7 +73,8 @@ class OtlpDelivery:
             if len(encoded) > semconv.REQUEST_MAX_BYTES and len(job.load) > 1:
                 self._halve()
                 continue
-            reply = self._send(job.load.signal, encoded)
+            waiting = self._uploads.put() if self._uploads is not None and job.load.signal == "logs" else None
+            reply = waiting or self._send(job.load.signal, encoded)
             if reply.kind == "later":
                 later = self._worst(later, reply)
                 if not reply.elsewhere:
@@ -85,6 +91,8 @@ class OtlpDelivery:
         if self._jobs:
             return later or RetryLater("requests are left to be sent", after_s=0.0)
         self._done()
+        if self._uploads is not None:
+            self._refusals.extend(self._uploads.refusals)
         return Rejected(tuple(self._refusals)) if self._refusals else Delivered()
 
     @staticmethod

@@ -13,7 +13,17 @@ from tracelet.errors import ConfigError
 from tracelet.guard import logger
 from tracelet.otlp import semconv
 
-__all__ = ["WIRE_HEADER", "Options", "Reply", "Sender", "options_for", "redacted_headers", "scrubbed", "suppressed"]
+__all__ = [
+    "WIRE_HEADER",
+    "Options",
+    "Reply",
+    "Sender",
+    "options_for",
+    "redacted_headers",
+    "remembered",
+    "scrubbed",
+    "suppressed",
+]
 
 PREFIX = "OTEL_EXPORTER_OTLP_"
 WIRE_HEADER = (semconv.RESOURCE_WIRE_VERSION, semconv.WIRE_VERSION)
@@ -95,6 +105,11 @@ def _variable(environ: Mapping[str, str], signal: str, name: str) -> str | None:
     return None
 
 
+def remembered(spec: Mapping[str, Any], secrets: Mapping[str, Any]) -> dict[str, str]:
+    """The variables about addresses that training had, for a shipper with others."""
+    return dict(secrets.get("environment") or spec.get("environment") or {})
+
+
 def options_for(
     signal: str, spec: Mapping[str, Any], secrets: Mapping[str, Any], environ: Mapping[str, str]
 ) -> Options:
@@ -106,11 +121,11 @@ def options_for(
     Raises:
         ConfigError: a protocol that isn't http/protobuf or grpc.
     """
-    remembered: Mapping[str, str] = secrets.get("environment") or spec.get("environment") or {}
+    known = remembered(spec, secrets)
     protocol = (
         spec.get("protocol")
         or _variable(environ, signal, "PROTOCOL")
-        or _variable(remembered, signal, "PROTOCOL")
+        or _variable(known, signal, "PROTOCOL")
         or "http/protobuf"
     )
     if protocol not in ("http/protobuf", "grpc"):
@@ -121,7 +136,7 @@ def options_for(
     return Options(
         signal=signal,
         protocol=protocol,
-        endpoint=_endpoint(signal, protocol, secrets.get("endpoint") or spec.get("endpoint"), remembered, environ),
+        endpoint=_endpoint(signal, protocol, secrets.get("endpoint") or spec.get("endpoint"), known, environ),
         headers={name.lower(): value for name, value in (secrets.get("headers") or {}).items()},
         compression=spec.get("compression"),
         timeout_s=spec.get("timeout_s"),

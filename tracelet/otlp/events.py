@@ -81,7 +81,7 @@ def events_of(
 def _artifact(record: ArtifactLogged) -> dict[str, Scalar]:
     values: dict[str, Scalar] = {
         semconv.ARTIFACT_NAME: record.path,
-        semconv.ARTIFACT_URI: PurePath(record.source).as_uri(),
+        semconv.ARTIFACT_URI: PurePath(record.source).as_uri() if record.uri is None else record.uri,
         semconv.ARTIFACT_SIZE: record.size,
         semconv.ARTIFACT_MEDIA_TYPE: record.media_type,
     }

@@ -20,26 +20,31 @@ from urllib.parse import quote, unquote, urlsplit
 
 from tracelet.exporters.base import Refusal
 from tracelet.exporters.mlflow.connection import Connection
+from tracelet.exporters.mlflow.fetch import Fetched, OnlyReference, Sources
 from tracelet.exporters.mlflow.limits import ARTIFACT_PATH_BYTES
 from tracelet.exporters.mlflow.rest import explain
 from tracelet.exporters.mlflow.transport import NotNow, Refused, Unclear
+from tracelet.exporters.original import CHUNK, Changed, Original, place_of, umask
 from tracelet.records import ArtifactLogged
 
-__all__ = ["ArtifactStore", "unsafe"]
+__all__ = ["REFERENCE_SUFFIX", "ArtifactStore", "reference", "unsafe"]
+
+REFERENCE_SUFFIX = ".reference.json"
 
 _PROXY = "/api/2.0/mlflow-artifacts/artifacts/"
 _LIST = "/api/2.0/mlflow-artifacts/artifacts"
-_CHUNK = 1 << 20
-
-
-class _Changed(Exception):
-    """The file is not what it was when it was logged."""
 
 
 class ArtifactStore:
-    """Where a run's files go. `connection` is the tracking server's, None for a database."""
+    """Where a run's files go. `connection` is the tracking server's, None for a database.
 
-    def __init__(self, connection: Connection | None, environ: Mapping[str, str]) -> None:
+    `sources` says what may be opened of addresses that came over the wire; None: nothing.
+    """
+
+    def __init__(
+        self, connection: Connection | None, environ: Mapping[str, str], sources: Sources | None = None
+    ) -> None:
+        self._sources = sources or Sources({})
         self._connection = connection
         self._environ = environ
 
@@ -53,18 +58,47 @@ class ArtifactStore:
         reason = unsafe(artifact.path)
         if reason is not None:
             return Refusal("artifact", reason, facts)
-        at = artifact.source if artifact.stored is None else os.path.join(folder, artifact.stored)
+        at = place_of(artifact, folder)
         try:
             with open(at, "rb") as file:
-                _Original(file, artifact, at).check()
-                self._store(artifact_uri, artifact.path, _Original(file, artifact, at))
-        except _Changed as changed:
+                Original(file, artifact, at).check()
+                self._store(artifact_uri, artifact.path, Original(file, artifact, at))
+        except Changed as changed:
             return Refusal("artifact", str(changed), facts)
         except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
             return Refusal("artifact", f"{at} can't be read any more: {error}", facts)
         except Refused as no:
             return Refusal("artifact", f"MLflow refuses {artifact.path!r}: {no}", facts)
         return None
+
+    def put_received(
+        self, artifact_uri: str, run_id: str, artifact: ArtifactLogged
+    ) -> tuple[str | None, Refusal | None]:
+        """Store a file that is named by an address: its bytes, or `<path>.reference.json` and why.
+
+        Raises:
+            NotNow: where the bytes are, or where they go, can't be reached.
+        """
+        reason = unsafe(artifact.path)
+        if reason is not None:
+            return None, Refusal(
+                "artifact", reason, {"path": artifact.path, "uri": artifact.uri, "size": artifact.size}
+            )
+        try:
+            fetched = self._sources.open(run_id, artifact)
+            try:
+                self._store(artifact_uri, artifact.path, fetched)
+            finally:
+                fetched.close()
+        except (OnlyReference, Changed) as no:
+            why = str(no)
+        except Refused as no:
+            return None, Refusal(
+                "artifact", f"MLflow refuses {artifact.path!r}: {no}", {"path": artifact.path, "uri": artifact.uri}
+            )
+        else:
+            return None, None
+        return why, self.put_text(artifact_uri, artifact.path + REFERENCE_SUFFIX, reference(artifact, why))
 
     def put_text(self, artifact_uri: str, path: str, text: str) -> Refusal | None:
         """Store `text` as a file of UTF-8; None once it is there."""
@@ -75,7 +109,7 @@ class ArtifactStore:
             return Refusal("artifact", f"MLflow refuses {path!r}: {no}", {"path": path, "text": text})
         return None
 
-    def _store(self, artifact_uri: str, path: str, original: _Original | _Text) -> None:
+    def _store(self, artifact_uri: str, path: str, original: _Bytes) -> None:
         parts = urlsplit(artifact_uri)
         if parts.scheme == "mlflow-artifacts" and self._connection is not None and not parts.netloc:
             _through_proxy(self._connection, posixpath.join(parts.path.lstrip("/"), path), original)
@@ -86,6 +120,18 @@ class ArtifactStore:
             _by_mlflow(artifact_uri, path, original)
 
 
+def reference(artifact: ArtifactLogged, why: str) -> str:
+    """What stands in MLflow for a file that is not there: where it is, how to know it, and why it was not copied."""
+    facts = {
+        "uri": artifact.uri,
+        "digest": None if artifact.sha256 is None else f"sha256:{artifact.sha256}",
+        "size": artifact.size,
+        "media_type": artifact.media_type,
+        "why": why,
+    }
+    return json.dumps(facts, indent=2) + "\n"
+
+
 def unsafe(path: str) -> str | None:
     """Why `path` can't name a file inside the run's artifacts, or None if it can."""
     if not path or path != posixpath.normpath(path) or path.startswith(("/", "..")) or path == ".":
@@ -93,44 +139,6 @@ def unsafe(path: str) -> str | None:
     if "\x00" in path or any(len(part.encode("utf-8", "replace")) > ARTIFACT_PATH_BYTES for part in path.split("/")):
         return f"the artifact path {path[:80]!r} has a part that no file system takes (over 255 bytes, or a NUL)"
     return None
-
-
-class _Original:
-    """An open file that is compared with what was logged of it, before and after it is sent."""
-
-    def __init__(self, file: BinaryIO, artifact: ArtifactLogged, at: str) -> None:
-        self.file = file
-        self.at = at
-        self.size = artifact.size
-        self._artifact = artifact
-
-    def check(self) -> None:
-        artifact, now = self._artifact, os.stat(self.at)
-        ours = artifact.stored is not None
-        if now.st_size != artifact.size:
-            raise _Changed(f"{self.at} has {now.st_size} bytes, but had {artifact.size} when it was logged")
-        if not ours and (
-            (artifact.mtime_ns is not None and now.st_mtime_ns != artifact.mtime_ns)
-            or (artifact.inode is not None and now.st_ino != artifact.inode)
-        ):
-            raise _Changed(
-                f"{self.at} has changed since it was logged (it was taken as a reference: log_artifact(..., copy=True)"
-                " keeps a copy)"
-            )
-
-    def digest(self) -> None:
-        """Compare the bytes with the digest taken at the call; leaves the file at its start."""
-        if self._artifact.sha256 is not None:
-            self.file.seek(0)
-            digest = hashlib.sha256()
-            while piece := self.file.read(_CHUNK):
-                digest.update(piece)
-            self.compare(digest.hexdigest())
-        self.file.seek(0)
-
-    def compare(self, sha256: str) -> None:
-        if self._artifact.sha256 is not None and sha256 != self._artifact.sha256:
-            raise _Changed(f"{self.at} is damaged: its sha256 is {sha256}, but was {self._artifact.sha256} when logged")
 
 
 class _Text:
@@ -149,7 +157,10 @@ class _Text:
     def compare(self, sha256: str) -> None: ...
 
 
-def _through_proxy(connection: Connection, path: str, original: _Original | _Text) -> None:
+_Bytes = Original | Fetched | _Text
+
+
+def _through_proxy(connection: Connection, path: str, original: _Bytes) -> None:
     original.digest()
     address = _PROXY + quote(path, safe="/")
     kind = "application/octet-stream"
@@ -164,7 +175,7 @@ def _through_proxy(connection: Connection, path: str, original: _Original | _Tex
         raise
     try:
         original.check()
-    except _Changed:
+    except Changed:
         connection.request("DELETE", address)  # a mixture of two states is nobody's file
         raise
 
@@ -185,7 +196,7 @@ def _taken(connection: Connection, path: str) -> str | None:
     return None
 
 
-def _into_folder(root: Path, path: str, original: _Original | _Text) -> None:
+def _into_folder(root: Path, path: str, original: _Bytes) -> None:
     target = root / path
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -194,12 +205,12 @@ def _into_folder(root: Path, path: str, original: _Original | _Text) -> None:
             with os.fdopen(handle, "wb") as out:
                 original.file.seek(0)
                 digest = hashlib.sha256()
-                while piece := original.file.read(_CHUNK):
+                while piece := original.file.read(CHUNK):
                     digest.update(piece)
                     out.write(piece)
             original.compare(digest.hexdigest())
             original.check()
-            os.chmod(temporary, 0o666 & ~_umask())
+            os.chmod(temporary, 0o666 & ~umask())
             os.replace(temporary, target)
         except BaseException:
             os.unlink(temporary)
@@ -214,18 +225,7 @@ def _into_folder(root: Path, path: str, original: _Original | _Text) -> None:
         ) from error
 
 
-def _umask() -> int:
-    """This process's umask, without changing it (os.umask can only be read by setting it)."""
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("Umask:"):
-                return int(line.split()[1], 8)
-    except (OSError, ValueError):
-        pass
-    return 0o022
-
-
-def _by_mlflow(artifact_uri: str, path: str, original: _Original | _Text) -> None:
+def _by_mlflow(artifact_uri: str, path: str, original: _Bytes) -> None:
     from tracelet.exporters.mlflow.store import artifact_repository
 
     original.digest()
@@ -235,12 +235,13 @@ def _by_mlflow(artifact_uri: str, path: str, original: _Original | _Text) -> Non
         if original.at:
             os.symlink(os.path.abspath(original.at), named)
         else:
-            Path(named).write_bytes(original.file.read())
+            with open(named, "wb") as copy:
+                shutil.copyfileobj(original.file, copy, CHUNK)
         repository = artifact_repository(artifact_uri)
         try:
             repository.log_artifact(named, posixpath.dirname(path) or None)
             original.check()
-        except _Changed:
+        except Changed:
             repository.delete_artifacts(path)
             raise
         except Exception as error:

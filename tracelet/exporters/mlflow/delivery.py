@@ -15,7 +15,6 @@ from tracelet.exporters.mlflow.artifacts import ArtifactStore
 from tracelet.exporters.mlflow.limits import (
     EXPERIMENT_NAME_CHARS,
     PARAMS_PER_REQUEST,
-    REQUEST_BYTES,
     RUN_NAME_CHARS,
     TAG_VALUE_CHARS,
     TAGS_PER_REQUEST,
@@ -30,11 +29,14 @@ from tracelet.exporters.mlflow.mapping import (
     attempt_mark,
     attempt_start,
     changed_param_tag,
+    chunk_of,
     comparable,
+    is_newer,
     legal_tags,
     marker_row,
     metric_rows,
     plan_of,
+    reference_tag,
     witness_of,
 )
 from tracelet.exporters.mlflow.names import capped, encodable
@@ -128,7 +130,8 @@ class MLflowDelivery:
         elif attempts and "mlflow.user" not in state.tags:
             # Made at a sign before its start: what a person has set meanwhile stays.
             state.tags.update((self._transport.run(state.view.run_id) or state.view).tags)
-        for part, _ in attempts:
+        # Not only by its start: over a wire an attempt may show itself by anything else first.
+        for part in sorted(self._batch.parts, key=lambda part: part.opened.attempt_started_unix_nano):
             self._resume(part)
         plan = plan_of(self._batch, self._rows, state.params, state.tags)
         self._refusals.extend(plan.refusals)
@@ -194,7 +197,9 @@ class MLflowDelivery:
 
     def _resume(self, part: Part) -> None:
         """A new attempt of a known run: RUNNING again, as start_run(run_id=...) does; an old one changes nothing."""
-        if attempt_start(self._state.tags.get(ATTEMPT_TAG)) >= part.opened.attempt_started_unix_nano:
+        known = self._state.tags.get(ATTEMPT_TAG)
+        same = (known or "").partition("-")[2] == part.opened.attempt_key
+        if same or attempt_start(known) >= part.opened.attempt_started_unix_nano:
             return
         mark = attempt_mark(part.opened)
         try:
@@ -227,11 +232,11 @@ class MLflowDelivery:
 
     def _send_params(self, plan: Plan) -> None:
         while plan.params:
-            self._send_pairs(_chunk(plan.params, PARAMS_PER_REQUEST), plan.params, self._send_params_once, plan)
+            self._send_pairs(chunk_of(plan.params, PARAMS_PER_REQUEST), plan.params, self._send_params_once, plan)
 
     def _send_tags(self, plan: Plan) -> None:
         while plan.tags:
-            self._send_pairs(_chunk(plan.tags, TAGS_PER_REQUEST), plan.tags, self._send_tags_once, plan)
+            self._send_pairs(chunk_of(plan.tags, TAGS_PER_REQUEST), plan.tags, self._send_tags_once, plan)
 
     def _send_params_once(self, pairs: Sequence[tuple[str, str]]) -> None:
         self._transport.log_params(self._run_id, pairs)
@@ -341,8 +346,16 @@ class MLflowDelivery:
             self._refuse(self._artifacts.put_text(uri, path, text))
             del plan.texts[path]
         while plan.artifacts:
-            self._refuse(self._artifacts.put(uri, self._batch.folder, plan.artifacts[0]))
+            artifact = plan.artifacts[0]
+            if artifact.uri is None:
+                self._refuse(self._artifacts.put(uri, self._batch.folder, artifact))
+            else:
+                why, refusal = self._artifacts.put_received(uri, self._batch.run.run_id, artifact)
+                self._refuse(refusal)
+                if why is not None:
+                    plan.tags[reference_tag(artifact.path)] = f"{artifact.uri} ({why})"[:TAG_VALUE_CHARS]
             del plan.artifacts[0]
+        self._send_tags(plan)
 
     def _send_spans(self, plan: Plan) -> None:
         state, run_id = self._state, self._run_id
@@ -380,22 +393,10 @@ class MLflowDelivery:
             return
         part = next(part for part in self._batch.parts if ended in part.records)
         view = self._transport.run(self._run_id)
-        if view is not None and attempt_start(view.tags.get(ATTEMPT_TAG)) > part.opened.attempt_started_unix_nano:
+        if view is not None and is_newer(view.tags.get(ATTEMPT_TAG), part.opened):
             return  # a newer attempt, shipped from elsewhere, has the run now
         try:
             self._transport.update_run(self._run_id, ended.status, ended.end_unix_nano // 1_000_000)
         except Refused as no:
             self._check_run(no)
             self._refusals.append(Refusal("event", str(no), {"status": ended.status, "end": ended.end_unix_nano}))
-
-
-def _chunk(pairs: Mapping[str, str], most: int) -> list[tuple[str, str]]:
-    """The first pairs, at most `most` and of at most REQUEST_BYTES together (at least one)."""
-    chosen: list[tuple[str, str]] = []
-    size = 0
-    for key, value in pairs.items():
-        size += 32 + len(key.encode()) + len(value.encode())
-        if len(chosen) == most or (chosen and size > REQUEST_BYTES):
-            break
-        chosen.append((key, value))
-    return chosen

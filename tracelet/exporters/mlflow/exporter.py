@@ -13,6 +13,7 @@ from tracelet.exporters.base import Answer, Delivered, Delivery, RetryLater
 from tracelet.exporters.mlflow.artifacts import ArtifactStore
 from tracelet.exporters.mlflow.connection import Connection
 from tracelet.exporters.mlflow.delivery import MLflowDelivery
+from tracelet.exporters.mlflow.fetch import Sources
 from tracelet.exporters.mlflow.limits import EXPERIMENT_NAME_CHARS, POINTS_PER_BATCH
 from tracelet.exporters.mlflow.mapping import RUN_TAG
 from tracelet.exporters.mlflow.names import capped, encodable
@@ -30,13 +31,15 @@ class MLflowExporter:
     """One run in one MLflow.
 
     `spec`: {"tracking_uri": absolute, without credentials; "artifact_root": folder for artifacts of a database's new
-    experiments}. `secrets`: {"tracking_uri": the address with credentials}, or {} if it has none.
+    experiments; for what came over the wire "artifact_dir": the gateway's folder, "artifact_prefixes": addresses below
+    which it may open files, "artifact_max_bytes": the largest that it copies}. `secrets`: {"tracking_uri": the address
+    with credentials}, or {} if it has none.
 
     Guarantees: a batch of points is stored whole or not at all, and is never sent again while it may be stored; params
     and tags are set again without effect; artifacts are replaced by themselves.
 
     Raises:
-        ConfigError: an address that is neither http(s) nor a database's.
+        ConfigError: an address that is neither http(s) nor a database's, or an artifact prefix that can't be one.
     """
 
     max_points = POINTS_PER_BATCH
@@ -48,7 +51,7 @@ class MLflowExporter:
         self._spec = spec
         self._uri = _with_credentials(spec, secrets, environ)
         self._transport, self._connection = _transport(self._uri, spec, environ)
-        self._artifacts = ArtifactStore(self._connection, environ)
+        self._artifacts = ArtifactStore(self._connection, environ, Sources(spec))
         self._run: RunState | None = None
 
     def open(self, run: RunInfo, memory: Mapping[str, Any]) -> Answer:

@@ -17,6 +17,7 @@ from tracelet.exporters.mlflow.limits import (
     METRICS_PER_REQUEST,
     PARAM_VALUE_CHARS,
     POINTS_PER_BATCH,
+    REQUEST_BYTES,
     RUN_NAME_CHARS,
     SQL_INFINITY,
     TAG_VALUE_CHARS,
@@ -48,12 +49,15 @@ __all__ = [
     "attempt_mark",
     "attempt_start",
     "changed_param_tag",
+    "chunk_of",
     "comparable",
     "highest",
+    "is_newer",
     "legal_tags",
     "marker_row",
     "metric_rows",
     "plan_of",
+    "reference_tag",
     "witness_of",
 ]
 
@@ -65,6 +69,7 @@ PROJECT_TAG = "tracelet.project"
 NAME_TAG = "tracelet.name."  # + legal name: the name as it was logged
 PARAM_TAG = "tracelet.param."  # + key: the param's last value, where it is not the first
 INFINITE_TAG = "tracelet.infinite."  # + key: says what 1.8e308 means in this metric
+ARTIFACT_TAG = "tracelet.artifact."  # + path: where its bytes are, and why not here
 ERROR_TAG = "tracelet.error."  # + type, message, stacktrace
 MARKER = "system/tracelet/batch/"  # + 8 digits of the folder: a metric that rises with each batch that needs it
 
@@ -196,9 +201,33 @@ def changed_param_tag(key: str) -> str:
     return legal_name(PARAM_TAG + key)
 
 
+def reference_tag(path: str) -> str:
+    """The tag that says where an artifact is whose bytes did not come to MLflow."""
+    return legal_name(ARTIFACT_TAG + path)
+
+
+def chunk_of(pairs: Mapping[str, str], most: int) -> list[tuple[str, str]]:
+    """The first pairs, at most `most` and of at most REQUEST_BYTES together (at least one)."""
+    chosen: list[tuple[str, str]] = []
+    size = 0
+    for key, value in pairs.items():
+        size += 32 + len(key.encode()) + len(value.encode())
+        if len(chosen) == most or (chosen and size > REQUEST_BYTES):
+            break
+        chosen.append((key, value))
+    return chosen
+
+
 def attempt_mark(opened: WriterOpened) -> str:
     """The value of ATTEMPT_TAG for the attempt of a writer."""
     return f"{opened.attempt_started_unix_nano}-{opened.attempt_key}"
+
+
+def is_newer(mark: str | None, opened: WriterOpened) -> bool:
+    """Whether the attempt of an ATTEMPT_TAG value came after a writer's; start times of one attempt may differ (ranks,
+    a start that was first guessed from what came), so the key decides what one attempt is."""
+    key = (mark or "").partition("-")[2]
+    return key != opened.attempt_key and attempt_start(mark) > opened.attempt_started_unix_nano
 
 
 def attempt_start(mark: str | None) -> int:

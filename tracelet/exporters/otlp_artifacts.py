@@ -1,0 +1,115 @@
+"""The files of a batch on their way out beside OTLP: addresses decided before anything is sent, bytes before events.
+
+The addresses stand in the batch's note, so that a repeat after a restart names the same ones.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tracelet.exporters.artifact_store import GATEWAY, STORE, NeverTaken, Place, Waiting
+from tracelet.exporters.base import Refusal
+from tracelet.exporters.original import Changed, Original, place_of
+from tracelet.exporters.otlp_wire import Reply
+from tracelet.records import ArtifactLogged, Batch
+
+__all__ = ["Uploads", "with_addresses"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Upload:
+    artifact: ArtifactLogged  # with its digest
+    at: str
+
+
+class Uploads:
+    """The files of one batch that are not at their place yet."""
+
+    def __init__(self, place: Place | None, run_id: str) -> None:
+        self._place = place
+        self._run_id = run_id
+        self._waiting: deque[_Upload] = deque()
+        self.refusals: list[Refusal] = []
+
+    def add(self, artifact: ArtifactLogged, at: str) -> None:
+        """One more."""
+        self._waiting.append(_Upload(artifact, at))
+
+    def put(self) -> Reply | None:
+        """Send them; None once all are there or refused, else why not yet."""
+        while self._waiting:
+            upload = self._waiting[0]
+            artifact = upload.artifact
+            try:
+                if self._place is None:
+                    raise NeverTaken(f"its event names {artifact.uri}, but {STORE} and {GATEWAY} are no longer set")
+                with open(upload.at, "rb") as file:
+                    original = Original(file, artifact, upload.at)
+                    original.check()
+                    self._place.put(self._run_id, artifact.sha256 or "", artifact.path, original)
+            except Waiting as error:
+                return Reply("later", error.reason, after_s=error.after_s, loud=error.loud, elsewhere=True)
+            except (Changed, NeverTaken) as error:
+                self.refusals.append(refusal(artifact, str(error)))
+            except OSError as error:
+                self.refusals.append(refusal(artifact, f"{upload.at} can't be read any more: {error}"))
+            self._waiting.popleft()
+        return None
+
+
+def refusal(artifact: ArtifactLogged, reason: str) -> Refusal:
+    """What is told of a file whose bytes don't go out; its event does, and says where the file was."""
+    facts = {"path": artifact.path, "source": artifact.source, "stored": artifact.stored, "size": artifact.size}
+    return Refusal("artifact", reason, facts)
+
+
+def with_addresses(
+    batch: Batch, place: Place | None, note: Mapping[str, Any] | None
+) -> tuple[Batch, Uploads, dict[str, Any]]:
+    """The batch with an address for each file that goes to `place`, the uploads, and what the note has to keep.
+
+    Cost: a file that was taken as a reference is read once here, for its digest.
+    """
+    uploads = Uploads(place, batch.run.run_id)
+    told: Mapping[str, Any] = (note or {}).get("artifacts", {})
+    if place is None and not told:
+        return batch, uploads, {}
+    kept: dict[str, Any] = {}
+    parts = []
+    for at_part, part in enumerate(batch.parts):
+        records = list(part.records)
+        for at, record in enumerate(part.records):
+            if not isinstance(record, ArtifactLogged) or record.uri is not None:
+                continue
+            key = f"{at_part}.{at}"
+            decided = told.get(key) if note is not None else _decide(batch, record, place, uploads)
+            if decided is not None:
+                kept[key] = decided
+                named = replace(record, uri=decided[0], sha256=decided[1])
+                uploads.add(named, place_of(record, batch.folder))
+                records[at] = named
+        parts.append(replace(part, records=tuple(records)))
+    return replace(batch, parts=tuple(parts)), uploads, {"artifacts": kept} if kept else {}
+
+
+def _decide(batch: Batch, record: ArtifactLogged, place: Place | None, uploads: Uploads) -> list[str] | None:
+    """Address and digest; None for a file that is not as it was: its event is a reference to where it stood."""
+    if place is None:
+        return None
+    at = place_of(record, batch.folder)
+    try:
+        with open(at, "rb") as file:
+            original = Original(file, record, at)
+            original.check()
+            sha256 = record.sha256 or original.sha256()
+            original.check()
+    except Changed as error:
+        uploads.refusals.append(refusal(record, str(error)))
+        return None
+    except OSError as error:
+        uploads.refusals.append(refusal(record, f"{at} can't be read any more: {error}"))
+        return None
+    return [place.uri(batch.run.run_id, sha256, record.path), sha256]
