@@ -165,3 +165,27 @@ def test_the_manifest_has_every_component_that_the_files_use() -> None:
                 word = name.partition("/")[0].replace("_", "").replace("otlphttp", "otlphttpexporter")
                 assert word.replace("otlpgrpc", "otlp") in modules, name
     assert set(re.findall(r" v0\.(\d+)\.0", modules)) == {"158"}
+
+
+def test_the_older_names_are_the_same_file_but_for_the_names() -> None:
+    newer, older = merged(("collector.yaml",)), merged(("legacy-names.yaml",))
+    told: dict[str, Any] = yaml.safe_load(
+        yaml.safe_dump(newer).replace("otlp_http", "otlphttp").replace("otlp_grpc", "otlp")
+    )
+    filters = [name for name in newer["processors"] if name.startswith("filter/")]
+    assert filters == [name for name in older["processors"] if name.startswith("filter/")]
+    for name in filters:
+        # Another form, the same conditions: contexts by place instead of by prefix.
+        new, old = told["processors"].pop(name), older["processors"].pop(name)
+        assert list(map(bare, conditions(new))) == list(map(bare, conditions(old))), name
+    assert older == told
+
+
+def conditions(tree: Any) -> list[str]:
+    if isinstance(tree, dict):
+        return [each for key, below in tree.items() if key != "error_mode" for each in conditions(below)]
+    return list(tree)
+
+
+def bare(condition: str) -> str:
+    return re.sub(r"\b(datapoint|metric|log)\.", "", condition.replace("instrumentation_scope.", "scope."))
