@@ -70,6 +70,8 @@ class _Ship:
         self.looked_at = float("-inf")
         self.closing: threading.Thread | None = None
         self.counted = (0, 0)
+        self.opened_to_tidy = False
+        self.tidied = False
 
     def counts(self) -> tuple[int, int]:
         """Delivered and refused by all its lanes, ever."""
@@ -107,6 +109,7 @@ class Fleet:
         self._news: dict[str, None] = {}
         self._waiting: dict[str, float] = {}  # run -> not before, in the order of their turns
         self._tidy_at: dict[str, float] = {}
+        self._tidying: set[str] = set()
         self._open: dict[str, _Ship] = {}
         self._delivered = self._refused = 0
         self._hurry = False
@@ -200,14 +203,18 @@ class Fleet:
         for run_id in news:
             ship = self._open.get(run_id)
             self._tidy_at.pop(run_id, None)
+            self._tidying.discard(run_id)
             if ship is None or ship.closing is not None:
                 self._queue(run_id, now)
                 continue
             ship.news_at = ship.looked_at = now
+            ship.opened_to_tidy = ship.tidied = False
             ship.shipment.nudge()
         for run_id in [run_id for run_id, at in self._tidy_at.items() if now >= at]:
             del self._tidy_at[run_id]
-            self._queue(run_id, now)
+            if run_id not in self._open:
+                self._tidying.add(run_id)
+                self._queue(run_id, now)
         for ship in list(self._open.values()):
             self._look(ship, now)
         self._fill(now)
@@ -228,13 +235,20 @@ class Fleet:
         self._count(ship)
         if not self._is_idle(ship, now, min(self._quiet_s, 2.0)):
             return
-        if ship.shipment.is_complete():
-            if now - ship.news_at >= self._tidy_after_s:
-                ship.shipment.tidy()
-            else:
-                self._tidy_at.setdefault(ship.run_id, ship.news_at + self._tidy_after_s)
+        self._clear_away(ship, now)
         if self._is_idle(ship, now, self._quiet_s):
             self._begin_to_close(ship)
+
+    def _clear_away(self, ship: _Ship, now: float) -> None:
+        """Tidy the folder of a run that is over, once nothing has come for long; it may have to be opened for that."""
+        if ship.tidied or not all(one.ended is not None for one in ship.shipment.site.manifest.attempts):
+            return
+        if ship.shipment.is_complete() and (ship.opened_to_tidy or now - ship.news_at >= self._tidy_after_s):
+            ship.shipment.tidy()
+            ship.tidied = True
+            self._tidy_at.pop(ship.run_id, None)
+        else:
+            self._tidy_at.setdefault(ship.run_id, now + self._tidy_after_s)
 
     def _is_idle(self, ship: _Ship, now: float, quiet_s: float) -> bool:
         lanes = list(ship.shipment.lanes.values())
@@ -311,6 +325,8 @@ class Fleet:
             return
         ship = self._open[run_id] = _Ship(run_id, shipment, lock, now)
         ship.looked_at = now
+        ship.opened_to_tidy = run_id in self._tidying
+        self._tidying.discard(run_id)
         shipment.tick(hurry=self._hurry)
         ship.counted = ship.counts()
 

@@ -26,7 +26,7 @@ from tracelet.gateway.runs import FOLDER, SLOTS, RunSpool, Stored, Terms
 from tracelet.guard import guard, logger
 from tracelet.ids import valid_run_id
 from tracelet.otlp.arrival import Piece
-from tracelet.otlp.decode import whole
+from tracelet.otlp.decode_events import whole
 from tracelet.records import RunInfo
 from tracelet.shipper.shipment import Build
 from tracelet.shipper.site import Clock
@@ -34,7 +34,7 @@ from tracelet.spool import store
 from tracelet.spool.points import Address
 
 if TYPE_CHECKING:
-    from tracelet.otlp.decode import Arrival, Decoded
+    from tracelet.otlp.arrival import Arrival, Decoded
 
 __all__ = ["Caller", "Forbidden", "Full", "Intake", "IntakeInfo", "Taken"]
 

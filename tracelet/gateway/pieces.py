@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tracelet.guard import guard, logger
 
 if TYPE_CHECKING:
-    from tracelet.otlp.decode import Piece
+    from tracelet.otlp.arrival import Piece
 
 __all__ = ["FILE", "MAX_BYTES", "Pieces", "Whole"]
 

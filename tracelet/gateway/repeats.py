@@ -17,7 +17,7 @@ from tracelet import codec
 from tracelet.spool.store import write_whole
 
 if TYPE_CHECKING:
-    from tracelet.otlp.decode import Arrival
+    from tracelet.otlp.arrival import Arrival
 
 __all__ = ["FILE", "REMEMBERED", "Repeats", "digest_of"]
 

@@ -25,7 +25,7 @@ from tracelet.spool.points import Address
 from tracelet.spool.reader import SpoolReader
 
 if TYPE_CHECKING:
-    from tracelet.otlp.decode import Arrival, AttemptEnd, Piece
+    from tracelet.otlp.arrival import Arrival, AttemptEnd, Piece
 
 __all__ = ["FOLDER", "RunSpool", "Stored", "Terms"]
 

@@ -109,7 +109,8 @@ def assemble(
 
     Depends on nothing but the arguments and the writers' names, which never change: a restarted shipper that hands in
     the same slots and the same states gets the same batch. `stamped`: the times are right already, whoever sent them
-    having made them rise; in whatever order they came, each point keeps its own, so that a repeat stays the same.
+    having made them rise; in whatever order they came, each point keeps its own, so that a repeat stays the same. One
+    that a death left twice in the spool, by two writers, then counts once: MLflow would be given it a millisecond later.
     """
     by_writer: dict[str, list[Piece]] = {}
     for piece, taken in pieces:
@@ -118,6 +119,7 @@ def assemble(
     refusals: list[Refusal] = []
     parts: list[Part] = []
     latest: dict[str, int] = {}
+    seen: dict[str, set[tuple[str, int, int, bytes]]] = {}
     for writer, mine in by_writer.items():
         records: list[Record] = []
         for piece, taken in mine:
@@ -138,6 +140,8 @@ def assemble(
         if not stamped:
             points, after = stamps.stamp(raw, instance_of(opened), ChainMap(changed, states), rising_limit_s)  # type: ignore[arg-type]
             changed.update(after)
+        else:
+            points = _without_repeats(raw, seen.setdefault(instance_of(opened), set()))
         parts.append(Part(writer, opened, tuple(records), points))
     batch = Batch(number, run, folder, tuple(part for part in parts if part.records or len(part.points)))
     return Assembled(batch, changed, tuple(refusals), latest)
@@ -178,6 +182,24 @@ def _points(records: bytes, names: Mapping[int, str], writer: str, refusals: lis
             kept.metric_ids.append(metric_id)
         points = kept
     return replace(points, names={metric_id: names[metric_id] for metric_id in sorted(used - lost)})
+
+
+def _without_repeats(points: PointBatch, seen: set[tuple[str, int, int, bytes]]) -> PointBatch:
+    """Points that are not in `seen`, which holds those of the same rank; its times rise, so two equal ones are one."""
+    bits = memoryview(points.values).cast("B")
+    fresh = []
+    for index, (time, iteration, metric_id) in enumerate(
+        zip(points.time_unix_nano, points.iterations, points.metric_ids, strict=True)
+    ):
+        identity = (points.names[metric_id], time, iteration, bytes(bits[8 * index : 8 * index + 8]))  # NaN, too
+        if identity not in seen:
+            seen.add(identity)
+            fresh.append(index)
+    if len(fresh) == len(points):
+        return points
+    columns = (points.time_unix_nano, points.values, points.iterations, points.metric_ids)
+    times, values, iterations, ids = (array(one.typecode, (one[index] for index in fresh)) for one in columns)
+    return replace(points, time_unix_nano=times, values=values, iterations=iterations, metric_ids=ids)  # type: ignore[arg-type]
 
 
 def _damage(piece: SlotRange, taken: Taken) -> list[Refusal]:

@@ -11,6 +11,7 @@ from tests.arrivals import ANYBODY, Memory, arrival, ended, make, started, take
 from tests.shipping import START_NS, until
 from tracelet.errors import SpoolError
 from tracelet.gateway.intake import Caller, Forbidden, Full
+from tracelet.gateway.repeats import FILE
 from tracelet.otlp.arrival import Decoded
 from tracelet.records import AttemptEnded, ErrorInfo, ParamsLogged
 from tracelet.spool.store import list_runs, read_manifest
@@ -55,6 +56,20 @@ def test_a_repeat_is_acknowledged_and_not_stored_again(tmp_path: Path) -> None:
         assert take(intake, two, one).points == 0
         until(lambda: len(memory.points("run-1")) >= 2)
     assert sorted(memory.points("run-1")) == [("a", 1.0, 1, START_NS), ("a", 2.0, 2, START_NS + 5_000_000)]
+
+
+def test_what_a_death_left_twice_in_the_spool_is_sent_once(tmp_path: Path) -> None:
+    both = arrival(points=[("a", float("nan"), 1), ("b", 2.0, 2)])
+    for _ in range(2):  # the second process never learnt that the first one had it
+        dying = make(tmp_path, Memory())
+        take(dying, both)
+        dying.close()
+        (tmp_path / "run-1/gateway" / FILE).unlink()
+    memory = Memory()
+    with started(tmp_path, memory) as intake:
+        take(intake, arrival("run-1", points=[("c", 3.0, 3)]))
+        until(lambda: ("c", 3.0, 3, START_NS) in memory.points("run-1"))
+    assert sorted(name for name, *_ in memory.points("run-1")) == ["a", "b", "c"]
 
 
 def test_a_run_belongs_to_the_first_named_caller(tmp_path: Path) -> None:

@@ -1,0 +1,117 @@
+"""A run that is silent for too long is noted as lost, once, and speaks again with its next arrival."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from tests.arrivals import Memory, arrival, ended, started, take
+from tests.shipping import until
+from tracelet.gateway.lost import Silence
+from tracelet.records import LOST, RUNNING, StateNoted
+
+
+class Clock:
+    """The time of day can be moved; the rest goes on as it does."""
+
+    def __init__(self) -> None:
+        self.ahead_s = 0.0
+
+    def monotonic(self) -> float:
+        return time.monotonic()
+
+    def time_ns(self) -> int:
+        return time.time_ns() + int(self.ahead_s * 1e9)
+
+
+def states(memory: Memory, run_id: str = "run-1") -> list[str]:
+    return [note.state for note in memory.records(run_id, StateNoted)]
+
+
+def test_a_silent_run_is_lost_once_and_any_arrival_takes_it_back(tmp_path: Path) -> None:
+    memory, clock = Memory(), Clock()
+    with started(tmp_path, memory, clock=clock, lost_after_s=100.0) as intake:
+        take(intake, arrival(points=[("a", 1.0, 1)]))
+        clock.ahead_s = 99.0
+        intake.keep_house()
+        assert intake.run_info().lost == 0
+        clock.ahead_s = 150.0
+        intake.keep_house()
+        intake.keep_house()
+        until(lambda: states(memory) == [LOST])
+        assert (intake.run_info().running, intake.run_info().lost) == (0, 1)
+        take(intake, arrival())  # nothing to store in it
+        until(lambda: states(memory) == [LOST, RUNNING])
+        assert (intake.run_info().running, intake.run_info().lost) == (1, 0)
+        take(intake, arrival(points=[("a", 2.0, 2)]))
+        until(lambda: len(memory.points("run-1")) == 2)
+    assert states(memory) == [LOST, RUNNING]
+
+
+def test_a_lost_run_stays_lost_over_a_restart_and_is_not_noted_again(tmp_path: Path) -> None:
+    memory, clock = Memory(), Clock()
+    with started(tmp_path, memory, clock=clock, lost_after_s=100.0) as intake:
+        take(intake, arrival(points=[("a", 1.0, 1)]))
+        clock.ahead_s = 150.0
+        intake.keep_house()
+        until(lambda: states(memory) == [LOST])
+    with started(tmp_path, memory, clock=clock, lost_after_s=100.0) as intake:
+        assert intake.run_info().lost == 1
+        clock.ahead_s = 400.0
+        intake.keep_house()
+        take(intake, arrival(points=[("a", 2.0, 2)]))
+        until(lambda: states(memory) == [LOST, RUNNING])
+
+
+def test_silence_counts_while_the_gateway_is_down_but_its_senders_get_time_to_come_back(tmp_path: Path) -> None:
+    memory, clock = Memory(), Clock()
+    with started(tmp_path, memory, clock=clock, lost_after_s=1000.0) as intake:
+        take(intake, arrival(points=[("a", 1.0, 1)]))
+        until(lambda: memory.points("run-1"))
+    clock.ahead_s = 5000.0
+    with started(tmp_path, memory, clock=clock, lost_after_s=1000.0) as intake:
+        intake.keep_house()
+        assert intake.run_info().lost == 0
+        clock.ahead_s = 5301.0
+        intake.keep_house()
+        until(lambda: states(memory) == [LOST])
+
+
+def test_a_run_that_has_ended_is_never_lost(tmp_path: Path) -> None:
+    memory, clock = Memory(), Clock()
+    with started(tmp_path, memory, clock=clock, lost_after_s=100.0) as intake:
+        take(intake, arrival(points=[("a", 1.0, 1)], ended=ended()))
+        clock.ahead_s = 10_000.0
+        intake.keep_house()
+        assert (intake.run_info().running, intake.run_info().lost) == (0, 0)
+        take(intake, arrival(points=[("late", 1.0, 1)]))
+        clock.ahead_s = 20_000.0
+        intake.keep_house()
+        until(lambda: len(memory.points("run-1")) == 2)
+    assert states(memory) == []
+
+
+def test_a_repeat_is_no_sign_of_life(tmp_path: Path) -> None:
+    memory, clock = Memory(), Clock()
+    with started(tmp_path, memory, clock=clock, lost_after_s=100.0) as intake:
+        once = arrival(points=[("a", 1.0, 1)])
+        take(intake, once)
+        clock.ahead_s = 90.0
+        take(intake, once)
+        clock.ahead_s = 110.0
+        intake.keep_house()
+        until(lambda: states(memory) == [LOST])
+
+
+def test_silence_is_counted_from_the_last_word() -> None:
+    now = [1000.0]
+    silence = Silence(60.0, now=lambda: now[0], after_start_s=0.0)
+    silence.heard("a")
+    now[0] += 59
+    silence.heard("b")
+    now[0] += 2
+    assert silence.overdue() == ["a"]
+    silence.lost("a")
+    assert (silence.overdue(), silence.counts()) == ([], (1, 1))
+    silence.heard("a")
+    assert silence.counts() == (2, 0)
