@@ -21,9 +21,11 @@ from tracelet.records import PointBatch
 
 __all__ = [
     "Form",
+    "bulk",
     "canonical_ids",
     "field",
     "group",
+    "lanes",
     "metric_field",
     "metric_fields",
     "template",
@@ -57,22 +59,25 @@ def field(number: int, payload: bytes) -> bytes:
 class Form:
     """The shape of a data point's row: everything but time, value and iteration.
 
-    `time_at` is None for a point at time zero, which proto3 leaves out.
+    `time_at` is None for a point at time zero, which proto3 leaves out; a `width` of 0 is a point without an
+    iteration. `constants` are attributes that all rows have, encoded: each a field 7 of the data point.
     """
 
     __slots__ = ("size", "template", "time_at", "value_at", "varint_at", "width")
 
-    def __init__(self, width: int, dense: bool, timeless: bool) -> None:
+    def __init__(self, width: int, dense: bool, timeless: bool, constants: bytes = b"") -> None:
         key = semconv.ITERATION.encode()
         point = b"" if timeless else b"\x19" + bytes(8)  # time_unix_nano = 3, fixed64
         value_in_point = len(point) + 1
         point += b"\x21" + bytes(8)  # as_double = 4
-        any_value = b"\x18" + bytes(width)  # AnyValue.int_value = 3
-        attribute = field(1, key) + field(2, any_value)
-        point += field(7, attribute)  # attributes = 7
+        if width:
+            any_value = b"\x18" + bytes(width)  # AnyValue.int_value = 3
+            attribute = field(1, key) + field(2, any_value)
+            point += field(7, attribute)  # attributes = 7
         varint_in_point = len(point) - width
         if dense:
             point += field(7, field(1, semconv.DENSE.encode()) + field(2, b"\x10\x01"))  # AnyValue.bool_value = 2
+        point += constants
         self.template = field(1, point)  # Gauge.data_points = 1
         start = len(self.template) - len(point)
         self.size = len(self.template)
@@ -144,7 +149,7 @@ def _rows(points: PointBatch, start: int, end: int) -> Iterator[bytes | bytearra
     dense = any(start <= i < end for i in points.dense)
     same_width = _width(low) == _width(high) and (low >= 0 or high < 0)
     if end - start >= _BULK_ROWS and same_width and not dense and 0 not in times:
-        yield _bulk(template(_width(low), False, False), times, values, iterations)
+        yield bulk(template(_width(low), False, False), times, values, iterations)
         return
 
     def form_at(i: int) -> Form:
@@ -154,7 +159,7 @@ def _rows(points: PointBatch, start: int, end: int) -> Iterator[bytes | bytearra
         indices = list(run)
         first, last = indices[0], indices[-1] + 1
         if len(indices) >= _BULK_ROWS:
-            yield _bulk(form, times[first:last], values[first:last], iterations[first:last])
+            yield bulk(form, times[first:last], values[first:last], iterations[first:last])
         else:
             yield from (_one(form, times[i], values[i], iterations[i]) for i in indices)
 
@@ -173,7 +178,8 @@ def _one(form: Form, time: int, value: float, iteration: int) -> bytearray:
     return row
 
 
-def _bulk(form: Form, times: array[int], values: array[float], iterations: array[int]) -> bytearray:
+def bulk(form: Form, times: array[int], values: array[float], iterations: array[int]) -> bytearray:
+    """The rows of one form, one after another."""
     count, size = len(times), form.size
     rows = bytearray(form.template * count)
     columns = [(form.value_at, values.tobytes())]
@@ -184,17 +190,18 @@ def _bulk(form: Form, times: array[int], values: array[float], iterations: array
             rows[at + byte :: size] = column[byte::8]
     # All varints at once: the iterations are one big number of 64-bit lanes; shifting it by 7k brings every lane's
     # k-th group of seven bits to its lowest byte (what a neighbour shifts in lies above them, and is masked).
-    lanes = int.from_bytes(iterations.tobytes(), "little")
+    numbers = int.from_bytes(iterations.tobytes(), "little") if form.width else 0
     for k in range(form.width):
         last = k == form.width - 1
         mask = 0x01 if k == 9 else 0x7F
-        groups = lanes >> (7 * k) & _lanes(mask, count)
+        groups = numbers >> (7 * k) & lanes(mask, count)
         if not last:
-            groups |= _lanes(0x80, count)
+            groups |= lanes(0x80, count)
         rows[form.varint_at + k :: size] = groups.to_bytes(8 * count, "little")[::8]
     return rows
 
 
 @functools.lru_cache(maxsize=64)
-def _lanes(byte: int, count: int) -> int:
+def lanes(byte: int, count: int) -> int:
+    """A number of `count` 64-bit lanes that hold `byte` each."""
     return int.from_bytes((bytes((byte,)) + bytes(7)) * count, "little")
