@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tracelet.backends import OTLP, Console, File, MLflow
+    from tracelet.backends import OTLP, Console, File, MLflow, Prometheus
     from tracelet.core.experiment import Experiment, ExperimentConfig
     from tracelet.errors import (
         ConfigError,
@@ -35,6 +35,7 @@ __all__ = [
     "InvalidValue",
     "MLflow",
     "OTLP",
+    "Prometheus",
     "RunClosed",
     "SpoolError",
     "SpoolFull",
@@ -56,6 +57,7 @@ _HOME = {
     "InvalidValue": "errors",
     "MLflow": "backends",
     "OTLP": "backends",
+    "Prometheus": "backends",
     "RunClosed": "errors",
     "SpoolError": "errors",
     "SpoolFull": "errors",

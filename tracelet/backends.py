@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from typing import Any
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
 
 from tracelet.errors import ConfigError
+from tracelet.settings import Settings, parse_duration
 
 __all__ = [
     "OTLP",
@@ -25,6 +27,7 @@ __all__ = [
     "Console",
     "File",
     "MLflow",
+    "Prometheus",
     "Spec",
     "choose",
     "parse",
@@ -78,6 +81,32 @@ class OTLP:
 
 
 @dataclass(frozen=True, slots=True)
+class Prometheus:
+    """A Prometheus that takes OTLP (`--web.enable-otlp-receiver`), without a collector in between; metrics only.
+
+    `url` is the server's address (`http://prometheus:9090`), its OTLP base (`.../api/v1/otlp`) or the whole address of
+    metrics. What is None comes from the settings: TRACELET_PROMETHEUS_URL, TRACELET_METRIC_PREFIX, TRACELET_WINDOW_AGE,
+    TRACELET_WINDOW_AHEAD. Points older than `window_age` or further ahead than `window_ahead` aren't sent, but counted.
+
+    Examples:
+        >>> from tracelet.backends import Prometheus
+        >>> Prometheus(url="http://prometheus:9090")
+        Prometheus(url='http://prometheus:9090')
+    """
+
+    url: str | None = None
+    prefix: str | None = None
+    headers: Mapping[str, str] | None = field(default=None, repr=False)
+    window_age: float | str | None = None
+    window_ahead: float | str | None = None
+    timeout_s: float | None = None
+
+    def __repr__(self) -> str:
+        shown = None if self.url is None else without_credentials(self.url)
+        return f"Prometheus(url={shown!r})"
+
+
+@dataclass(frozen=True, slots=True)
 class Console:
     """The training program's standard output, for a look at what is sent."""
 
@@ -89,10 +118,11 @@ class File:
     path: str | os.PathLike[str] | None = None
 
 
-Spec = MLflow | OTLP | Console | File
-_SPECS: Mapping[str, type[MLflow] | type[OTLP] | type[Console] | type[File]] = {
+Spec = MLflow | OTLP | Prometheus | Console | File
+_SPECS: Mapping[str, type[MLflow] | type[OTLP] | type[Prometheus] | type[Console] | type[File]] = {
     "mlflow": MLflow,
     "otlp": OTLP,
+    "prometheus": Prometheus,
     "console": Console,
     "file": File,
 }
@@ -133,7 +163,7 @@ def parse(backend: object) -> tuple[Spec, ...]:
 
 
 def _each(backend: object) -> Iterable[Spec]:
-    if isinstance(backend, (MLflow, OTLP, Console, File)):
+    if isinstance(backend, (MLflow, OTLP, Prometheus, Console, File)):
         yield backend
     elif isinstance(backend, str):
         for name in backend.split(","):
@@ -153,7 +183,7 @@ def _each(backend: object) -> Iterable[Spec]:
     else:
         raise ConfigError(
             f"backend can't be of type {type(backend).__name__}: use {_names()}, tracelet.MLflow(...),"
-            " tracelet.OTLP(...), or a list of these",
+            " tracelet.OTLP(...), tracelet.Prometheus(...), or a list of these",
             backend=backend,
         )
 
@@ -162,12 +192,6 @@ def _named(name: str) -> Spec:
     spec = _SPECS.get(name.lower())
     if spec is not None:
         return spec()
-    if name.lower() == "prometheus":
-        raise ConfigError(
-            "backend 'prometheus' is not built yet: use 'otlp' with an OpenTelemetry Collector that writes to"
-            " Prometheus",
-            backend=name,
-        )
     import difflib  # only on the way to an error
 
     near = difflib.get_close_matches(name.lower(), _SPECS, n=1, cutoff=0.4)
@@ -196,6 +220,9 @@ def to_destination(spec: Spec, environ: Mapping[str, str], cwd: Path) -> tuple[d
     elif isinstance(spec, OTLP):
         fields, secrets = _otlp(spec, environ)
         address = [fields["endpoint"], fields["environment"] if fields["endpoint"] is None else None]
+    elif isinstance(spec, Prometheus):
+        fields, secrets = _prometheus(spec)
+        address = [fields["url"], fields["prefix"]]
     elif isinstance(spec, File):
         path = os.path.abspath(cwd / Path(spec.path or "tracelet.otlp.jsonl").expanduser())
         fields, secrets, address = {"path": path}, {}, path
@@ -272,7 +299,8 @@ def _otlp(spec: OTLP, environ: Mapping[str, str]) -> tuple[dict[str, Any], dict[
     variables = {
         name: value.strip()
         for name, value in sorted(environ.items())
-        if name.startswith("OTEL_EXPORTER_OTLP_") and name.endswith(("ENDPOINT", "PROTOCOL")) and value.strip()
+        if (name.startswith("OTEL_EXPORTER_OTLP_") and name.endswith(("ENDPOINT", "PROTOCOL")) and value.strip())
+        or (name in ("TRACELET_ARTIFACT_STORE", "TRACELET_ARTIFACT_GATEWAY") and value.strip())
     }
     public = {name: without_credentials(value) for name, value in variables.items()}
     endpoint = None if spec.endpoint is None else without_credentials(spec.endpoint)
@@ -293,6 +321,57 @@ def _otlp(spec: OTLP, environ: Mapping[str, str]) -> tuple[dict[str, Any], dict[
     if public != variables:
         secrets["environment"] = variables
     return fields, secrets
+
+
+_PREFIX = re.compile(r"[A-Za-z][A-Za-z0-9_.:]*", re.ASCII)
+_PROMETHEUS = "http://localhost:9090"
+
+
+def _prometheus(spec: Prometheus) -> tuple[dict[str, Any], dict[str, Any]]:
+    given = spec.url or _PROMETHEUS
+    parts = urlsplit(given)
+    shown = without_credentials(given)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(f"Prometheus' address {shown!r} has to be one such as {_PROMETHEUS}", url=shown)
+    path = parts.path.rstrip("/")
+    if not path.endswith("/v1/metrics"):
+        # Mimir and VictoriaMetrics have other bases, which say what they are by their names.
+        base = path if path.endswith(("/otlp", "/opentelemetry")) else f"{path}/api/v1/otlp"
+        path = f"{base}/v1/metrics"
+    url = urlunsplit(parts._replace(path=path))
+    prefix = "ml." if spec.prefix is None else spec.prefix
+    if not _PREFIX.fullmatch(prefix):
+        raise ConfigError(f"the metric prefix is {prefix!r}, but has to begin with a letter, such as 'ml.'")
+    windows = {}
+    for name, given_window, default in (
+        ("window_age", spec.window_age, 143 * 3600),
+        ("window_ahead", spec.window_ahead, 540),
+    ):
+        try:
+            windows[f"{name}_s"] = parse_duration(default if given_window is None else given_window)
+        except ValueError as error:
+            raise ConfigError(f"Prometheus' {name} is {given_window!r}, but has to be {error}") from None
+    if spec.timeout_s is not None and not spec.timeout_s > 0:
+        raise ConfigError(f"Prometheus' timeout_s is {spec.timeout_s!r}, but has to be a number of seconds above 0")
+    public = without_credentials(url)
+    secrets: dict[str, Any] = {} if public == url else {"url": url}
+    if spec.headers:
+        secrets["headers"] = dict(spec.headers)
+    return {"url": public, "prefix": prefix, **windows, "timeout_s": spec.timeout_s}, secrets
+
+
+def _filled(spec: Spec, settings: Settings | None) -> Spec:
+    """`spec` with what it leaves open taken from the settings."""
+    if settings is None or not isinstance(spec, Prometheus):
+        return spec
+    return Prometheus(
+        settings.prometheus_url if spec.url is None else spec.url,
+        settings.metric_prefix if spec.prefix is None else spec.prefix,
+        spec.headers,
+        settings.window_age_s if spec.window_age is None else spec.window_age,
+        settings.window_ahead_s if spec.window_ahead is None else spec.window_ahead,
+        spec.timeout_s,
+    )
 
 
 def _signals(environ: Mapping[str, str]) -> tuple[str, ...]:
@@ -345,11 +424,13 @@ def choose(
     environ: Mapping[str, str],
     cwd: Path,
     mlflow_installed: bool | None = None,
+    settings: Settings | None = None,
 ) -> Chosen:
     """Where a run goes: what `backend` names, else what the environment does, else MLflow's local store.
 
     `tracking_uri` is the address of every MLflow without one of its own; given without a `backend`, it names mlflow.
-    `mlflow_installed` None: looked up, without importing it.
+    `mlflow_installed` None: looked up, without importing it. `settings`: what a Prometheus without an address,
+    prefix or window gets; None: the defaults.
 
     Raises:
         ConfigError: see `parse` and `to_destination`.
@@ -367,13 +448,17 @@ def choose(
     destinations: list[dict[str, Any]] = []
     secrets: dict[str, dict[str, Any]] = {}
     for spec in specs:
-        destination, own = to_destination(spec, environ, cwd)
+        destination, own = to_destination(_filled(spec, settings), environ, cwd)
+        if settings is not None and destination["kind"] == "otlp":
+            destination["spec"]["window_age_s"] = settings.window_age_s
         if any(destination["id"] == other["id"] for other in destinations):
             continue
         destinations.append(destination)
         if own:
             secrets[destination["id"]] = own
         silent = [s for s in SIGNALS if s not in destination["spec"].get("signals", SIGNALS)]
+        if destination["kind"] == "prometheus" and len(specs) == 1:
+            notes.append("Prometheus takes metrics only: params, tags, spans and files stay in the spool")
         if silent:
             notes.append(f"{', '.join(silent)} not sent: no OTLP endpoint is set for them")
     where = " and ".join(_shown(destination) for destination in destinations)
@@ -421,6 +506,8 @@ def _shown(destination: Mapping[str, Any]) -> str:
             iter(v for n, v in spec["environment"].items() if n.endswith("ENDPOINT")), None
         )
         return f"OTLP at {named or 'its default address on localhost'}"
+    if destination["kind"] == "prometheus":
+        return f"Prometheus at {spec['url']}"
     if destination["kind"] == "mlflow":
         return f"MLflow at {spec['tracking_uri']}"
     return f"the file {spec['path']}" if destination["kind"] == "file" else "the console"

@@ -55,6 +55,10 @@ class Settings:
     keep: Keep
     max_bytes: int | None
     grace_s: float
+    prometheus_url: str | None  # of the destination prometheus
+    metric_prefix: str
+    window_age_s: float
+    window_ahead_s: float
     origins: Mapping[str, str] = field(repr=False)  # setting's name -> "argument", "config", "TRACELET_DIR", ...
     environ: Mapping[str, str] = field(repr=False)  # as it was then; may hold secrets: never printed, never written
     cwd: Path = field(repr=False)
@@ -136,6 +140,12 @@ def _parse_text(value: object) -> str:
     return value
 
 
+def _parse_prefix(value: object) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_.:]*", value, re.ASCII):
+        raise ValueError("letters, digits, dots and underscores that begin with a letter, such as ml.")
+    return value
+
+
 def _parse_uri(value: object) -> str:
     return _parse_text(os.fspath(value) if isinstance(value, os.PathLike) else value)
 
@@ -180,7 +190,7 @@ SETTINGS: tuple[Setting, ...] = (
         "TRACELET_BACKEND",
         _as_given,
         "what the environment names, else MLflow's local store if mlflow is installed, else the spool alone",
-        "Where runs go: `mlflow`, `otlp`, `console`, `file`, or several with commas.",
+        "Where runs go: `mlflow`, `otlp`, `prometheus`, `console`, `file`, or several with commas.",
     ),
     Setting(
         "project",
@@ -239,6 +249,35 @@ SETTINGS: tuple[Setting, ...] = (
         "How long a program that gets SIGTERM drains, where the shipper can't outlive it.",
     ),
     Setting(
+        "prometheus_url",
+        "TRACELET_PROMETHEUS_URL",
+        _parse_text,
+        "`http://localhost:9090`",
+        "The server of the destination `prometheus`: its address, or its OTLP base as the collector's file has it.",
+    ),
+    Setting(
+        "metric_prefix",
+        "TRACELET_METRIC_PREFIX",
+        _parse_prefix,
+        "`ml.`",
+        "What the names of logged metrics begin with in Prometheus; the collector's file has the same.",
+    ),
+    Setting(
+        "window_age",
+        "TRACELET_WINDOW_AGE",
+        parse_duration,
+        "`143h`",
+        "How old a point may be for Prometheus; less than its `out_of_order_time_window`. The collector's file has the"
+        " same.",
+    ),
+    Setting(
+        "window_ahead",
+        "TRACELET_WINDOW_AHEAD",
+        parse_duration,
+        "`9m`",
+        "How far a point may be ahead of the clock for Prometheus, whose own limit is 10 minutes.",
+    ),
+    Setting(
         "tracking_uri",
         None,
         _parse_uri,
@@ -262,18 +301,14 @@ READ_ELSEWHERE = frozenset(
         "TRACELET_LOG_AGE",
         "TRACELET_LOKI_URL",
         "TRACELET_LOST_AFTER",
-        "TRACELET_METRIC_PREFIX",
         "TRACELET_OTLP_GRPC",
         "TRACELET_OTLP_HTTP",
-        "TRACELET_PROMETHEUS_URL",
         "TRACELET_QUEUE_BYTES",
         "TRACELET_QUEUE_DIR",
         "TRACELET_QUEUE_FSYNC",
         "TRACELET_STACK_CACHE",
         "TRACELET_TEMPO_ENDPOINT",
         "TRACELET_TEST_REQUIRE_STACK",
-        "TRACELET_WINDOW_AGE",
-        "TRACELET_WINDOW_AHEAD",
     }
 )
 
@@ -344,7 +379,8 @@ def resolve(
     for name in _BY_NAME:
         if name not in given:
             given[name], origins[name] = defaults[name]
-    given["grace_s"] = given.pop("grace")
+    for name in ("grace", "window_age", "window_ahead"):
+        given[f"{name}_s"] = given.pop(name)
     return Settings(**given, origins=origins, environ=environ, cwd=cwd, argv=tuple(argv))
 
 
@@ -432,6 +468,10 @@ def _defaults(environ: Mapping[str, str], cwd: Path, argv: Sequence[str]) -> dic
         "keep": (Keep(), "default"),
         "max_bytes": (None, "default"),
         "grace": (25.0, "default"),
+        "prometheus_url": (None, "default"),
+        "metric_prefix": ("ml.", "default"),
+        "window_age": (143 * 3600.0, "default"),
+        "window_ahead": (540.0, "default"),
     }
 
 

@@ -24,6 +24,7 @@ from tracelet.exporters.base import Delivered, Exporter
 from tracelet.exporters.console import ConsoleExporter
 from tracelet.exporters.file import FileExporter
 from tracelet.exporters.otlp import OTLPExporter
+from tracelet.exporters.prometheus import PrometheusExporter
 from tracelet.ids import new_run_id
 from tracelet.records import Batch, Part, PointBatch, Record, RunInfo, WriterOpened
 
@@ -37,6 +38,8 @@ class World(ABC):
     name: str
     can_be_away = True
     """Whether `trouble` makes deliveries answer `RetryLater`."""
+    metrics_only = False
+    """Whether params and the end's words have no place there."""
     repeats_show = False
     """Whether a repeat is visible: only where nobody but a person reads."""
 
@@ -125,6 +128,37 @@ class OtlpWorld(World):
         self.sink.rule = lambda _: Say(503, code=grpc.StatusCode.UNAVAILABLE)
         yield
         self.sink.rule = None
+
+
+class PrometheusWorld(OtlpWorld):
+    """A receiver of what Prometheus would be sent: samples of series, a companion beside each."""
+
+    metrics_only = True
+
+    def __init__(self, sink: Sink, endpoint: str) -> None:
+        super().__init__(sink, endpoint, "http/protobuf")
+        self.name = "prometheus"
+        self._endpoint = endpoint
+
+    def make(self) -> Exporter:
+        spec = {"url": f"{self._endpoint}/v1/metrics", "prefix": "ml.", "window_age_s": 60.0, "window_ahead_s": 60.0}
+        return PrometheusExporter(spec, {}, os.environ, now_ns=lambda: START + 10_000 * MS)
+
+    def points(self) -> list[Point]:
+        values: dict[tuple[str, int], float] = {}
+        iterations: dict[tuple[str, int], float] = {}
+        for _, scope, metric in self.sink.metrics():
+            for point in metric.gauge.data_points if scope == "tracelet" else ():
+                key = str(attributes(point)["tracelet.metric.key"])
+                assert metric.name in (f"ml.{key}", "tracelet.iteration")
+                if not point.flags:
+                    kind = iterations if metric.name == "tracelet.iteration" else values
+                    kind[key, point.time_unix_nano] = point.as_double
+        assert values.keys() == iterations.keys()
+        return sorted(
+            (Point(key, value, int(iterations[key, at]), at) for (key, at), value in values.items()),
+            key=lambda point: (point.name, point.time_unix_nano),
+        )
 
 
 class FileWorld(World):
@@ -278,6 +312,11 @@ def grpc_world(_: Any) -> Iterator[World]:
         yield OtlpWorld(sink, sink.endpoint, "grpc")
 
 
+def prometheus_world(_: Any) -> Iterator[World]:
+    with HttpSink() as sink:
+        yield PrometheusWorld(sink, sink.endpoint)
+
+
 def file_world(request: Any) -> Iterator[World]:
     yield FileWorld(request.getfixturevalue("tmp_path") / "out.jsonl")
 
@@ -295,6 +334,7 @@ def mlflow_world(request: Any) -> Iterator[World]:
 WORLDS = {
     "otlp-http": http_world,
     "otlp-grpc": grpc_world,
+    "prometheus": prometheus_world,
     "file": file_world,
     "console": console_world,
     "mlflow": mlflow_world,

@@ -8,8 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from tracelet import backends
-from tracelet.backends import OTLP, Chosen, Console, File, MLflow, parse, to_destination, without_credentials
+from tracelet import backends, settings
+from tracelet.backends import (
+    OTLP,
+    Chosen,
+    Console,
+    File,
+    MLflow,
+    Prometheus,
+    parse,
+    to_destination,
+    without_credentials,
+)
 from tracelet.errors import ConfigError
 
 CWD = Path("/work folder")
@@ -47,9 +57,57 @@ def test_a_misspelt_backend_is_named_with_the_nearest_right_one() -> None:
         parse("otlp,mlflwo")
 
 
-def test_what_is_not_built_yet_says_what_to_use_instead() -> None:
-    with pytest.raises(ConfigError, match="'prometheus' is not built yet: use 'otlp'"):
-        parse("prometheus")
+@pytest.mark.parametrize(
+    ("url", "completed"),
+    [
+        ("http://prom:9090", "http://prom:9090/api/v1/otlp/v1/metrics"),
+        ("http://prom:9090/", "http://prom:9090/api/v1/otlp/v1/metrics"),
+        ("http://prom:9090/api/v1/otlp", "http://prom:9090/api/v1/otlp/v1/metrics"),
+        ("https://host/prometheus", "https://host/prometheus/api/v1/otlp/v1/metrics"),
+        ("http://mimir:8080/otlp", "http://mimir:8080/otlp/v1/metrics"),
+        ("http://vm:8428/opentelemetry/v1/metrics", "http://vm:8428/opentelemetry/v1/metrics"),
+    ],
+)
+def test_prometheus_address_is_completed_and_the_collectors_own_variable_fits(url: str, completed: str) -> None:
+    assert to_destination(Prometheus(url), {}, Path("/"))[0]["spec"]["url"] == completed
+
+
+def test_what_lets_somebody_into_prometheus_is_a_secret() -> None:
+    spec = Prometheus("http://ml:s3cret@prom:9090", headers={"X-Scope-OrgID": "team-a"})
+    destination, secrets = to_destination(spec, {}, Path("/"))
+    assert "s3cret" not in repr(destination) + repr(spec)
+    assert secrets["url"].startswith("http://ml:s3cret@prom:9090/")
+    assert secrets["headers"] == {"X-Scope-OrgID": "team-a"}
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        (Prometheus("prom:9090"), "has to be one such as http://localhost:9090"),
+        (Prometheus(prefix=""), "begin with a letter"),
+        (Prometheus(prefix="9."), "begin with a letter"),
+        (Prometheus(window_age="a week"), "window_age is 'a week', but has to be a number of seconds"),
+        (Prometheus(timeout_s=0), "timeout_s is 0"),
+    ],
+)
+def test_what_cannot_be_right_for_prometheus_is_refused(spec: Prometheus, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        to_destination(spec, {}, Path("/"))
+
+
+def test_prometheus_takes_what_is_open_from_the_settings() -> None:
+    environ = {"TRACELET_PROMETHEUS_URL": "http://p:1", "TRACELET_METRIC_PREFIX": "lab.", "TRACELET_WINDOW_AGE": "2h"}
+    resolved = settings.resolve({}, {}, environ=environ, cwd=Path("/"), argv=["train.py"])
+    named = backends.choose("prometheus", tracking_uri=None, environ=environ, cwd=Path("/"), settings=resolved)
+    (destination,) = named.destinations
+    assert destination["spec"] == {
+        "url": "http://p:1/api/v1/otlp/v1/metrics",
+        "prefix": "lab.",
+        "window_age_s": 7200.0,
+        "window_ahead_s": 540.0,
+        "timeout_s": None,
+    }
+    assert "metrics only" in named.why
 
 
 def test_a_live_exporter_is_refused_with_the_specification_to_use() -> None:

@@ -222,7 +222,11 @@ def _spool(report: Report, folder: Path) -> None:
 def _destinations(report: Report, resolved: settings.Settings, offline: bool) -> list[object]:
     try:
         chosen = backends.choose(
-            resolved.backend, tracking_uri=resolved.tracking_uri, environ=resolved.environ, cwd=resolved.cwd
+            resolved.backend,
+            tracking_uri=resolved.tracking_uri,
+            environ=resolved.environ,
+            cwd=resolved.cwd,
+            settings=resolved,
         )
     except ConfigError as error:
         report.problem(str(error), "until then a run that starts here stops with this error")

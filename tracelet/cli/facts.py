@@ -219,6 +219,8 @@ def address(destination: Mapping[str, Any]) -> str:
         return str(spec.get("tracking_uri"))
     if kind == "file":
         return str(spec.get("path", "?"))
+    if kind == "prometheus":
+        return str(spec.get("url"))
     if kind == "otlp":
         variables = spec.get("environment", {})
         named = spec.get("endpoint") or next((v for n, v in variables.items() if n.endswith("ENDPOINT")), None)

@@ -48,6 +48,8 @@ def check(
         return _file(str(spec["path"]))
     if kind == "otlp":
         ask: Callable[[], Reach] = lambda: _otlp(spec, secrets, environ, timeout_s)  # noqa: E731
+    elif kind == "prometheus":
+        ask = lambda: _prometheus(spec, secrets, timeout_s)  # noqa: E731
     elif kind == "mlflow":
         uri = tracking_uri(destination, secrets)
         if uri.startswith("sqlite"):
@@ -229,6 +231,23 @@ _OTLP_ADVICE = (
     "start the receiver, or correct OTEL_EXPORTER_OTLP_ENDPOINT (and OTEL_EXPORTER_OTLP_PROTOCOL: http/protobuf is"
     " mostly port 4318, grpc 4317); until then the data waits here"
 )
+
+
+# ---- Prometheus --------------------------------------------------------------------------------------------------
+
+
+def _prometheus(spec: Mapping[str, Any], secrets: Mapping[str, Any], timeout_s: float) -> Reach:
+    """An empty export by the shipper's own sender: the address, TLS, headers and the receiver's switch are tried."""
+    from tracelet.exporters.prometheus_http import PrometheusSender
+
+    sender = PrometheusSender(str(secrets.get("url") or spec["url"]), secrets.get("headers") or {}, timeout_s)
+    try:
+        reply = sender.send(b"")
+    finally:
+        sender.close()
+    if reply.kind in ("accepted", "refused"):
+        return Reach(True, "takes metrics")
+    return Reach(False, reply.reason, None if reply.loud else "start Prometheus, or correct TRACELET_PROMETHEUS_URL")
 
 
 # ---- file --------------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ GIVE_UP_AGAIN_S = 3.0
 QUIET_S = 5.0
 """Without a terminal: how often a line says how far it is."""
 
-WHERE = ("mlflow", "otlp", "file")
+WHERE = ("mlflow", "otlp", "prometheus", "file")
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
@@ -115,7 +115,7 @@ def _named(to: Sequence[str], resolved: Settings) -> backends.Chosen | None:
     wrong = next((name for name in names if name not in WHERE), None)
     if wrong is not None or not names:
         raise UsageError(f"--to {wrong or ''!r} can't be shipped to: use {', '.join(WHERE)}")
-    return backends.choose(names, tracking_uri=None, environ=resolved.environ, cwd=resolved.cwd)
+    return backends.choose(names, tracking_uri=None, environ=resolved.environ, cwd=resolved.cwd, settings=resolved)
 
 
 class Job:
@@ -172,6 +172,7 @@ class Job:
             tracking_uri=resolved.tracking_uri,
             environ=resolved.environ,
             cwd=resolved.cwd,
+            settings=resolved,
             mlflow_installed=False,  # MLflow's local store is a default for training, not for somebody else's folder
         )
         if not named.destinations:

@@ -181,7 +181,11 @@ class Experiment:
         """
         resolved = settings.from_process(self._arguments, self.config.as_settings())
         chosen = backends.choose(
-            resolved.backend, tracking_uri=resolved.tracking_uri, environ=resolved.environ, cwd=resolved.cwd
+            resolved.backend,
+            tracking_uri=resolved.tracking_uri,
+            environ=resolved.environ,
+            cwd=resolved.cwd,
+            settings=resolved,
         )
         return resolved, chosen
 

@@ -14,6 +14,7 @@ __all__ = ["KINDS", "build"]
 KINDS: Mapping[str, tuple[str, str]] = {
     "mlflow": ("tracelet.exporters.mlflow.exporter", "MLflowExporter"),
     "otlp": ("tracelet.exporters.otlp", "OTLPExporter"),
+    "prometheus": ("tracelet.exporters.prometheus", "PrometheusExporter"),
     "console": ("tracelet.exporters.console", "ConsoleExporter"),
     "file": ("tracelet.exporters.file", "FileExporter"),
 }

@@ -17,7 +17,7 @@ from tracelet.records import PointBatch
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["group", "metric_fields"]
+__all__ = ["bulk", "group", "metric_fields"]
 
 
 def group(points: PointBatch) -> PointBatch:
@@ -90,7 +90,7 @@ def _rows(points: PointBatch) -> tuple[memoryview | bytearray, NDArray[np.int64]
 
     if len(present) == 1:
         form = forms[present[0]]
-        return _bulk(form, times, values, iterations), np.arange(len(points) + 1, dtype=np.int64) * form.size
+        return bulk(form, times, values, iterations), np.arange(len(points) + 1, dtype=np.int64) * form.size
     sizes = np.zeros(256, np.int64)
     for code, form in forms.items():
         sizes[code] = form.size
@@ -98,16 +98,17 @@ def _rows(points: PointBatch) -> tuple[memoryview | bytearray, NDArray[np.int64]
     out = np.empty(int(offsets[-1]), np.uint8)
     for code, form in forms.items():
         chosen = np.flatnonzero(codes == code)
-        rows = _bulk(form, times[chosen], values[chosen], iterations[chosen])
+        rows = bulk(form, times[chosen], values[chosen], iterations[chosen])
         # Overlapping windows of one row's size, one at every byte: storing by index then copies whole rows.
         windows = np.ndarray((len(out) - form.size + 1,), f"V{form.size}", out, strides=(1,))
         windows[offsets[:-1][chosen]] = np.frombuffer(rows, f"V{form.size}")
     return out.data, offsets
 
 
-def _bulk(
+def bulk(
     form: Form, times: NDArray[np.uint64], values: NDArray[np.float64], iterations: NDArray[np.uint64]
 ) -> bytearray:
+    """The rows of one form, one after another."""
     rows = bytearray(form.template * len(times))
     fields: dict[str, tuple[Any, int]] = {"value": (np.dtype("<f8"), form.value_at)}
     if form.time_at is not None:

@@ -1,0 +1,83 @@
+"""OTLP over HTTP to Prometheus: one address, our own headers, and advice in that server's words."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Mapping
+from typing import Any
+
+import requests
+
+from tracelet.exporters.otlp_http import HttpSender
+from tracelet.exporters.otlp_wire import WIRE_HEADER, Reply, suppressed
+
+__all__ = ["PrometheusSender"]
+
+_GZIP_LEVEL = 1
+
+
+class PrometheusSender(HttpSender):
+    """Posts metrics to `url`, which may hold `user:password@`; answers are read as any OTLP receiver's.
+
+    Not OTel's exporter below it: that one takes its headers and certificates from the OTEL_EXPORTER_OTLP_* variables,
+    and a collector's token is none of this server's business. A private authority goes into REQUESTS_CA_BUNDLE.
+    """
+
+    def __init__(self, url: str, headers: Mapping[str, str], timeout_s: float) -> None:
+        # On purpose without HttpSender's own beginning: see above.
+        self._signal = "metrics"
+        self._url = url
+        self._timeout_s = timeout_s
+        self._session = requests.Session()
+        self._sent = {
+            "Content-Type": "application/x-protobuf",
+            "Content-Encoding": "gzip",
+            WIRE_HEADER[0]: WIRE_HEADER[1],
+            **headers,
+        }
+        values = tuple(headers.values())
+        self._secrets = values + tuple(word for value in values for word in value.split() if len(word) >= 4)
+
+    def send(self, body: bytes) -> Reply:
+        """Post one encoded request, once."""
+        post: dict[str, Any] = {
+            "data": gzip.compress(body, _GZIP_LEVEL, mtime=0),
+            "headers": self._sent,
+            "timeout": self._timeout_s,
+            "allow_redirects": False,
+        }
+        with suppressed():
+            try:
+                try:
+                    answer = self._session.post(self._url, **post)
+                except requests.exceptions.ConnectionError as error:
+                    if isinstance(error, (requests.exceptions.Timeout, requests.exceptions.SSLError)):
+                        raise
+                    # Mostly a kept connection that the server had closed meanwhile.
+                    answer = self._session.post(self._url, **post)
+            except (requests.RequestException, OSError, ValueError) as error:
+                return self._unreachable(error)
+        return self._advised(answer)
+
+    def close(self) -> None:
+        """Let the connection go."""
+        self._session.close()
+
+    def _advised(self, answer: requests.Response) -> Reply:
+        reply = self._read(answer)
+        if answer.status_code == 404:
+            return Reply(
+                "later",
+                f"{reply.reason.partition(';')[0]}; start Prometheus with --web.enable-otlp-receiver, and see that the"
+                " address is its own",
+                loud=True,
+            )
+        if answer.status_code in (401, 403):
+            said = reply.reason.partition("; check the headers")[0]
+            return Reply(
+                "later",
+                f"{said}; put user:password@ into the address, or give tracelet.Prometheus(headers=...)",
+                loud=True,
+                credentials=True,
+            )
+        return reply
