@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from tracelet.cli import doctor, gateway, prune, runs, ship, show
+from tracelet.cli import doctor, export, gateway, prune, runs, ship, show
 from tracelet.cli.find import UsageError
 from tracelet.errors import TraceletError
 from tracelet.version import __version__
@@ -25,7 +25,7 @@ EXIT_CODES = {
 
 Command = Callable[[argparse.Namespace], int]
 
-COMMANDS = (runs, show, ship, prune, doctor, gateway)
+COMMANDS = (runs, show, export, ship, prune, doctor, gateway)
 
 
 class _Help(argparse.HelpFormatter):
