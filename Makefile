@@ -37,7 +37,7 @@ format: $(VENV)/.ready-dev ## put the code into the form that `check` asks for
 docs: $(VENV)/.ready-dev ## serve the documentation at http://127.0.0.1:8000, rebuilt at each change
 	$(RUN) mkdocs serve
 
-stack: ## have the real collector, Prometheus, Loki, Kafka, ...: what is not on PATH is built (Go, Maven; 10 minutes)
+stack: ## have the real collector, Prometheus, Loki, Kafka, ...: what is not on PATH is built (Go, Maven; 11 minutes)
 	@$(or $(PYTHON),$(firstword $(wildcard $(VENV)/bin/python) python3)) scripts/stack.py build $(ARGS)
 
 bench: $(VENV)/.ready-dev ## the numbers: import time, the price of a call, the way to the backends

@@ -335,9 +335,9 @@ def add_collector(made: Plan, name: str, configs: Sequence[Path], prefix: str, e
         raise StackError(f"there is no {', '.join(missing)}")
     program, folder, wishes = str(programs.find("collector")), made.folder(name), made.wishes
     grpc, http, health, metrics = (made.ports.take(f"{name} {use}") for use in ("grpc", "http", "health", "metrics"))
+    if not prefix:  # the one behind Kafka listens to nobody else
+        made.addresses |= {"otlp_http": f"http://{HOST}:{http}", "otlp_grpc": f"http://{HOST}:{grpc}"}
     made.addresses |= {
-        f"{prefix}otlp_http": f"http://{HOST}:{http}",
-        f"{prefix}otlp_grpc": f"http://{HOST}:{grpc}",
         f"{prefix}collector_health": f"http://{HOST}:{health}",
         f"{prefix}collector_metrics": f"http://{HOST}:{metrics}/metrics",
     }

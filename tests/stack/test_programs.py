@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import subprocess
@@ -167,13 +168,25 @@ def test_a_jar_that_is_changed_missing_or_new_is_refused(programs: ModuleType, t
 
 
 def test_every_program_has_committed_checksums(programs: ModuleType) -> None:
+    kinds = ("go.sum", "SHA512SUMS", "package-lock.json")
     for program in programs.PROGRAMS.values():
         folder = programs.MODULES / program.folder
-        sums = (folder / ("SHA512SUMS" if program.name == "kafka" else "go.sum")).read_text()
-        assert len(sums.splitlines()) > 40
-        if program.name != "kafka":
-            required = re.findall(r"^(?:require)?\s+(\S+) (v\S+)$", (folder / "go.mod").read_text(), re.MULTILINE)
-            assert all(f"{path} {version}/go.mod h1:" in sums for path, version in required if "=>" not in version)
+        (sums,) = [folder / kind for kind in kinds if (folder / kind).exists()]
+        text = sums.read_text()
+        if sums.name == "go.sum":
+            lines = re.sub(r"^(replace|exclude) .*$", "", (folder / "go.mod").read_text(), flags=re.MULTILINE)
+            required = re.findall(r"^(?:require)?\s+(\S+) (v\S+)(?: // indirect)?$", lines, re.MULTILINE)
+            replaced = re.findall(r"^replace (\S+) => (\S+) (v\S+)$", (folder / "go.mod").read_text(), re.MULTILINE)
+            others = {path: (other, version) for path, other, version in replaced}
+            required = [others.get(path, (path, version)) for path, version in required]
+            assert len(required) > 5
+            assert all(f"{path} {version}/go.mod h1:" in text for path, version in required)
+        elif sums.name == "SHA512SUMS":
+            assert len(re.findall(r"^[0-9a-f]{128}  \S+\.jar$", text, re.MULTILINE)) == len(text.splitlines()) > 40
+        else:
+            packages = {name: entry for name, entry in json.loads(text)["packages"].items() if name}
+            assert packages
+            assert all(entry["integrity"].startswith("sha512-") for entry in packages.values())
 
 
 def test_a_changed_module_is_another_place(
