@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, Literal
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 __all__ = ["connection_class"]
 
 
-def connection_class(header_timeout_s: float) -> type[asyncio.Protocol]:
+def connection_class(header_timeout_s: float, body_timeout_s: float) -> type[asyncio.Protocol]:
     """A protocol class for `uvicorn.Config(http=...)`.
 
-    A client that opens a connection, or has begun to send headers, has `header_timeout_s` until they are there; and
-    one that was refused has as long to end its body, which is thrown away meanwhile. Then the connection is closed
-    without a word: an answer nobody asked for could be taken for that to a request (and a 408 drops a collector's
-    data).
+    A client that opens a connection, or has begun to send headers, has `header_timeout_s` until they are there; one
+    that was refused has `body_timeout_s` to end its body, which is thrown away meanwhile. Then the connection is
+    closed without a word: an answer nobody asked for could be taken for that to a request (and a 408 drops a
+    collector's data).
     """
+    patience = {"headers": header_timeout_s, "rest": body_timeout_s}
 
     class Connection(H11Protocol):
+        _waits_for: Literal["headers", "rest"] | None = None
         _patience: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
@@ -32,30 +35,30 @@ def connection_class(header_timeout_s: float) -> type[asyncio.Protocol]:
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
-            # From here uvicorn's own timer runs, until the next byte comes.
             self._look()
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self._calm()
+            self._wait_for(None)
             super().connection_lost(exc)
 
         def _look(self) -> None:
-            waits = self.cycle is None or self.cycle.response_complete
-            if not waits or self.transport.is_closing():
-                self._calm()
-            elif self._patience is None:
-                self._patience = self.loop.call_later(header_timeout_s, self._give_up)
+            if self.transport.is_closing() or (self.cycle is not None and not self.cycle.response_complete):
+                self._wait_for(None)
+            elif self.cycle is not None and self.conn.their_state is h11.SEND_BODY:
+                self._wait_for("rest")
+            elif self.timeout_keep_alive_task is not None:
+                self._wait_for(None)  # idle between two requests: uvicorn has a timer for that
+            else:
+                self._wait_for("headers")
 
-        def _calm(self) -> None:
+        def _wait_for(self, what: Literal["headers", "rest"] | None) -> None:
+            if what == self._waits_for:
+                return
             if self._patience is not None:
                 self._patience.cancel()
                 self._patience = None
-
-        def _give_up(self) -> None:
-            self._patience = None
-            kept_alive = self.cycle is not None and self.timeout_keep_alive_task is not None
-            if kept_alive:  # idle between two requests: uvicorn's timer decides
-                return
-            self.transport.close()
+            self._waits_for = what
+            if what is not None:
+                self._patience = self.loop.call_later(patience[what], self.transport.close)
 
     return Connection

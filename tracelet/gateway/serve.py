@@ -157,7 +157,7 @@ class _Process:
         return _Quiet(
             uvicorn.Config(
                 app,
-                http=connection_class(limits.header_timeout_s),
+                http=connection_class(limits.header_timeout_s, limits.body_timeout_s),
                 ws="none",
                 loop="asyncio",
                 lifespan="off",
