@@ -411,7 +411,7 @@ def add_prometheus(made: Plan) -> None:
     folder = made.folder("prometheus")
     config = folder / "config"
     shutil.rmtree(config, ignore_errors=True)
-    if (CONFIG / "prometheus").is_dir():
+    if (CONFIG / "prometheus" / "prometheus.yaml").is_file():
         shutil.copytree(CONFIG / "prometheus", config)
     else:
         _small_prometheus(config)
