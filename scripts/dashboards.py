@@ -341,7 +341,6 @@ def sources(*kinds: str) -> list[Json]:
             "query": kind,
             "regex": "",
             "refresh": 1,
-            "current": {},
             "options": [],
             "multi": False,
             "includeAll": False,
@@ -359,18 +358,18 @@ def choice(name: str, label: str, query: str, *, regex: str = "", multi: bool = 
         "name": name,
         "label": label,
         "datasource": PROMETHEUS,
-        "definition": query,
         "query": {"query": query, "refId": "StandardVariableQuery"},
         "regex": regex,
         "refresh": 2,
         "sort": 1,
         "multi": multi,
         "includeAll": multi,
-        "current": {"text": ["All"], "value": ["$__all"]} if multi else {},
         "options": [],
         "hide": 0,
         "skipUrlSync": False,
     }
+    if multi:
+        made["current"] = {"text": ["All"], "value": ["$__all"]}
     return made | ({"allValue": all_value} if all_value else {})
 
 
