@@ -6,17 +6,18 @@ import dataclasses
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tracelet import codec
+from tracelet.gateway.latest import Latest
 from tracelet.gateway.pieces import Pieces
 from tracelet.gateway.repeats import Repeats, digest_of
 from tracelet.guard import guard, logger
-from tracelet.records import LOST, RUNNING, MetricNamed, Record, RunInfo, Scalar, StateNoted, WriterOpened
-from tracelet.shipper.roster import Roster
+from tracelet.records import LOST, RUNNING, MetricNamed, Record, RunInfo, RunStarted, Scalar, StateNoted, WriterOpened
+from tracelet.shipper.roster import Roster, frames_of
 from tracelet.shipper.status import Verdict
 from tracelet.spool import store
 from tracelet.spool.appended import pack_points
@@ -89,8 +90,19 @@ class RunSpool:
         self.manifest = store.update_manifest(self.folder, lambda before: self._opened(before, run, owner))
         self._repeats = Repeats(self.folder)
         self._pieces = Pieces(self.folder, terms.piece)
+        self._latest = Latest()
+        if not self._new_files:
+            self._latest.learn(self._records())
         self.heard = time.monotonic()
         self.is_closed = False
+
+    def _records(self) -> Iterator[Record]:
+        reader = SpoolReader(self.folder)
+        try:
+            for writer in reader.writers():
+                yield from frames_of(reader, writer)
+        finally:
+            reader.close()
 
     def _opened(self, before: store.Manifest | None, run: RunInfo, owner: str) -> store.Manifest:
         """The manifest with this gateway's destinations, and with the owner it has, or `owner` where it has none."""
@@ -175,7 +187,7 @@ class RunSpool:
         pen.used_at, pen.wrote = time.monotonic(), True
         files = pen.files
         for record in arrival.records:
-            self._frame(files, record, self._time_of(arrival))
+            self._record(files, record, self._time_of(arrival))
         for piece in arrival.pieces:
             self._take_piece(files, arrival.instance_id, piece)
         points = arrival.points
@@ -187,6 +199,13 @@ class RunSpool:
             metric_ids = type(metric_ids)("I", map(ids.__getitem__, metric_ids))
         files.points_at_once(pack_points(points.time_unix_nano, points.values, points.iterations, metric_ids))
         return len(points)
+
+    def _record(self, files: FileSet, record: Record, time_unix_nano: int) -> None:
+        if isinstance(record, RunStarted) and not record.run_name:
+            record = dataclasses.replace(record, run_name=self.manifest.run_name)
+        newer = self._latest.newer(record)
+        if newer is not None:
+            self._frame(files, newer, time_unix_nano)
 
     def _time_of(self, arrival: Arrival) -> int:
         return arrival.first_unix_nano if arrival.first_unix_nano > 0 else self._terms.time_ns()
@@ -200,7 +219,7 @@ class RunSpool:
         if whole is not None:
             record = self._terms.whole(piece.event, piece.key, whole.text, whole.time_unix_nano)
             if record is not None:
-                self._frame(files, record, piece.time_unix_nano)
+                self._record(files, record, piece.time_unix_nano)
             self._pieces.done(instance, piece)
 
     def _pen(self, rank: _Rank, arrival: Arrival) -> _Pen:

@@ -110,7 +110,7 @@ def assemble(
     Depends on nothing but the arguments and the writers' names, which never change: a restarted shipper that hands in
     the same slots and the same states gets the same batch. `stamped`: the times are right already, whoever sent them
     having made them rise; in whatever order they came, each point keeps its own, so that a repeat stays the same. One
-    that a death left twice in the spool, by two writers, then counts once: MLflow would be given it a millisecond later.
+    that a death left twice in the spool, by two writers, counts once: MLflow would be given it a millisecond later.
     """
     by_writer: dict[str, list[Piece]] = {}
     for piece, taken in pieces:
