@@ -275,19 +275,20 @@ def test_an_outage_of_prometheus_as_long_as_promised_loses_nothing(tmp_path: Pat
             assert prometheus.count('ml_late{tracelet_run_id="careless"}') == 100
 
 
-@pytest.mark.parametrize("status", [401, 503])
-def test_a_backlog_is_dropped_at_a_401_and_kept_at_a_503(tmp_path: Path, status: int) -> None:
+@pytest.mark.parametrize("status", [401, 403, 500, 429, 502, 503, 504])
+def test_a_backlog_is_dropped_at_a_401_or_500_and_kept_at_a_503(tmp_path: Path, status: int) -> None:
     """Why the gateway answers 503 to a collector whose token is wrong, and an alert watches send_failed."""
     run, start = Sender("refused"), now_ns(MINUTE)
     with HttpSink() as gateway, Collector(tmp_path / "collector", gateway=gateway.url) as collector:
         gateway.rule = lambda _: refuse(status)
         batch = made(1_000, "loss", start=start)
         assert set(in_order(collector.http, run, batch)) == {200}
-        if status == 401:
+        final = status in {401, 403, 500}
+        if final:
             failed = "otelcol_exporter_send_failed_metric_points"
             until(lambda: collector.number(failed, "otlp_http/gateway") == 1_000)
         gateway.rule = None
         more = made(10, "more", start=start)
         assert send(collector.http, run.bodies(more)) == [200]
-        wanted = as_sent(more) if status == 401 else as_sent(more) | as_sent(batch)
+        wanted = as_sent(more) if final else as_sent(more) | as_sent(batch)
         until(lambda: stored_points(gateway, "refused") == wanted, 40)
