@@ -12,6 +12,7 @@ import yaml
 
 from tests.stack.collectors import CONFIG
 from tests.stack.harness import program
+from tracelet.settings import SETTINGS, resolve
 
 # Each variant as its head says it is run.
 WAYS = [
@@ -104,6 +105,18 @@ def test_the_defaults_are_the_names_of_the_compose_file() -> None:
     for path in all_files():
         for name, default in re.findall(r"\$\{env:(TRACELET_\w+):-([^}]*)\}", path.read_text()):
             assert COMPOSE_NAMES.get(name, default) == default, f"{name} in {path.name}"
+
+
+def test_a_run_beside_the_collector_takes_none_of_its_names_for_a_misspelt_setting(tmp_path: Path) -> None:
+    text = "".join(path.read_text() for path in CONFIG.rglob("*.yaml"))
+    names = set(re.findall(r"\$\{(?:env:)?(TRACELET_\w+)", text))
+    assert len(names) > 25
+    known = {setting.env for setting in SETTINGS}
+    resolve({}, {}, environ=dict.fromkeys(names - known, "x"), cwd=tmp_path, argv=("train.py",))
+    readme = (CONFIG / "README.md").read_text()
+    for path in all_files():
+        for name in re.findall(r"\$\{env:(TRACELET_\w+)", path.read_text()):
+            assert name in readme or f"`{name[name.rindex('_') :]}`" in readme, name
 
 
 @pytest.mark.parametrize("way", WAYS, ids="+".join)
