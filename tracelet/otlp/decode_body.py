@@ -62,15 +62,16 @@ def _message(signal: str) -> Any:
 
 
 def _from_json(signal: str, message: Any, body: bytes) -> Any:
-    from google.protobuf.json_format import ParseDict, ParseError
+    from google.protobuf.json_format import ParseDict
 
     try:
         plain = json.loads(body)
         if not isinstance(plain, dict):
             raise ValueError("no JSON object")
         ParseDict(_base64_ids(plain), message, ignore_unknown_fields=True)
-    except (ParseError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        # Of odd types protobuf's reader raises what Python does at them.
+    except Exception as error:
+        # Not ParseError alone: of odd types protobuf's reader raises whatever Python does at them (an infinite
+        # integer is an OverflowError). Nothing but the body can be at fault here.
         raise Malformed(f"not an OTLP {signal} request in JSON: {_first_line(error)}", signal=signal) from error
     return message
 

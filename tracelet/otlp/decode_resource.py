@@ -106,7 +106,8 @@ def owner_of(resource: Any, items: int, tally: Tally) -> Owner | None:
         return None
     assert isinstance(run_id, str)
     attempt = str(own.get(semconv.RUN_ATTEMPT) or _ONLY_ATTEMPT)
-    rank = int(own.get(semconv.RANK, 0))
+    rank = _rank(own)
+    assert rank is not None
     project = _text(own, semconv.PROJECT) or _text(own, "service.name") or "unknown"
     experiment = _text(own, semconv.EXPERIMENT_NAME) or project
     return Owner(
@@ -124,12 +125,17 @@ def _fault(own: Mapping[str, Scalar], run_id: Scalar) -> str | None:
         ids.valid_run_id(run_id)  # type: ignore[arg-type]  # anything may have come
     except ConfigError:
         return "run id that can't name a run"
-    attempt, rank = own.get(semconv.RUN_ATTEMPT), own.get(semconv.RANK, 0)
+    attempt = own.get(semconv.RUN_ATTEMPT)
     if attempt is not None and (not isinstance(attempt, str) or (attempt and not _ATTEMPT.fullmatch(attempt))):
         return "attempt key that can't be one"
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank not in _RANKS:
-        return "rank that can't be one"
-    return None
+    return "rank that can't be one" if _rank(own) is None else None
+
+
+def _rank(own: Mapping[str, Scalar]) -> int | None:
+    rank = own.get(semconv.RANK, 0)
+    if isinstance(rank, str) and len(rank) <= 10 and rank.isascii() and rank.isdecimal():
+        rank = int(rank)  # OTEL_RESOURCE_ATTRIBUTES knows texts only
+    return rank if type(rank) is int and rank in _RANKS else None
 
 
 def _text(own: Mapping[str, Scalar], name: str) -> str:

@@ -164,7 +164,7 @@ def test_a_run_id_that_cannot_name_a_folder_is_foreign(run_id: Any) -> None:
     [
         ({semconv.RUN_ATTEMPT: "../x"}, "attempt key that can't be one"),
         ({semconv.RUN_ATTEMPT: 3}, "attempt key that can't be one"),
-        ({semconv.RANK: "0"}, "rank that can't be one"),
+        ({semconv.RANK: "first"}, "rank that can't be one"),
         ({semconv.RANK: -1}, "rank that can't be one"),
         ({semconv.RANK: True}, "rank that can't be one"),
         ({semconv.RANK: 2**40}, "rank that can't be one"),
@@ -186,6 +186,12 @@ def test_a_resource_with_a_run_id_alone_is_a_run_s() -> None:
     assert (arrival.run.run_id, arrival.run.project, arrival.run.experiment_name) == ("r1", "shop", "shop")
     assert (arrival.attempt_key, arrival.rank) == ("0" * 16, 0)
     assert arrival.instance_id == ids.instance_id("r1", "0" * 16, 0)
+
+
+def test_a_rank_from_a_variable_is_a_text() -> None:
+    message, items = request("metrics", {semconv.RANK: "3"})
+    gauge(items, "loss", (START, 0.5, 1))
+    assert only(decode_metrics(message)).rank == 3
 
 
 @pytest.mark.parametrize(
