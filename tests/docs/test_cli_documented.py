@@ -27,7 +27,9 @@ def options(name: str) -> set[str]:
 
 @pytest.mark.parametrize("path", [*SOURCES, *PAGES], ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_command_line_that_is_named_exists(path: Path) -> None:
-    for words in re.findall(r"(?:`|: |\$ |^)tracelet ((?:runs|show|ship|prune|doctor)[^`\n]*)", path.read_text(), re.M):
+    for words in re.findall(
+        r"(?:`|: |\$ |^)tracelet ((?:runs|show|ship|prune|doctor|gateway)[^`\n]*)", path.read_text(), re.M
+    ):
         name = words.split()[0].strip("\"'.,;:)")
         for option in re.findall(r"(?<=\s)--[a-z-]+", words):
             assert option in options(name), f"{path}: tracelet {words}"

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from tracelet.gateway.options import GATEWAY_SETTINGS
 from tracelet.settings import SETTINGS, Setting
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "settings.md"
+GATEWAY_PAGE = PAGE.with_name("gateway.md")
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
@@ -24,3 +26,13 @@ def test_the_page_has_no_row_for_a_setting_that_is_gone() -> None:
     names = {f"| `{setting.name}` |" for setting in SETTINGS}
     rows = [line for line in PAGE.read_text().splitlines() if line.startswith(("| `TRACELET_", "| (none)"))]
     assert [row for row in rows if not any(name in row for name in names)] == []
+
+
+def test_the_gateways_page_has_exactly_its_settings_with_variable_option_default_and_use() -> None:
+    rows = [line for line in GATEWAY_PAGE.read_text().splitlines() if line.startswith("| `TRACELET_")]
+    found = [tuple(cell.strip() for cell in row.strip("|").split("|")) for row in rows]
+    options = [f"`--{setting.name.replace('prefixes', 'prefix').replace('_', '-')}`" for setting in GATEWAY_SETTINGS]
+    assert found == [
+        (f"`{setting.env}`", option, setting.doc, setting.default)
+        for setting, option in zip(GATEWAY_SETTINGS, options, strict=True)
+    ]

@@ -96,8 +96,9 @@ def serve(options: Options, environ: Mapping[str, str], *, ready_file: Path | No
     process = _Process(options, reception, intake, artifacts, certificate)
     try:
         asyncio.run(process.main(ready_file))
-    finally:
-        intake.close(0.0)  # has no effect after an orderly end
+    except BaseException:
+        intake.close(0.0)
+        raise
     return 0
 
 
