@@ -411,27 +411,13 @@ def add_prometheus(made: Plan) -> None:
     folder = made.folder("prometheus")
     config = folder / "config"
     shutil.rmtree(config, ignore_errors=True)
-    if (CONFIG / "prometheus" / "prometheus.yaml").is_file():
-        shutil.copytree(CONFIG / "prometheus", config)
-    else:
-        _small_prometheus(config)
+    shutil.copytree(CONFIG / "prometheus", config)
     write_targets(config / "targets", made.addresses)
     address = made.addresses.setdefault("prometheus", f"http://{HOST}:{made.ports.take('prometheus')}")
     argv = [str(programs.find("prometheus")), f"--config.file={config / 'prometheus.yaml'}"]
     argv += [f"--storage.tsdb.path={folder / 'data'}", f"--web.listen-address={address.removeprefix('http://')}"]
     argv += ["--storage.tsdb.retention.time=30d", "--web.enable-otlp-receiver", "--web.enable-lifecycle"]
     made.add(Service("prometheus", argv, folder, {}, says_ok(f"{address}/-/ready"), stop_round=2))
-
-
-def _small_prometheus(config: Path) -> None:
-    (config / "targets").mkdir(parents=True)
-    (config / "prometheus.yaml").write_text(
-        """global: {scrape_interval: 15s}
-storage: {tsdb: {out_of_order_time_window: 7d}}
-scrape_configs: [{job_name: stack, file_sd_configs: [{files: ["targets/*.yaml"]}]}]
-"""
-    )
-    (config / "targets" / "stack.yaml").write_text('[{targets: ["collector:8888", "gateway:4318"]}]')
 
 
 def write_targets(folder: Path, addresses: Mapping[str, Any]) -> None:
