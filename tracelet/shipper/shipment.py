@@ -220,8 +220,9 @@ class Shipment:
         site = self.site
         for attempt in site.manifest.attempts:
             first = site.roster.first_of(attempt.key)
-            over = first is not None and site.is_over(first)
-            if over and not all(lane.is_done(attempt.key) for lane in self.lanes.values()):
+            # Of what came over the wire the writers end without the run: a gateway closes its files, or dies.
+            over = attempt.key in site.decided if site.received else first is not None and site.is_over(first)
+            if over and first is not None and not all(lane.is_done(attempt.key) for lane in self.lanes.values()):
                 return False
         return self._all_started() and all(lane.caught_up for lane in self.lanes.values())
 

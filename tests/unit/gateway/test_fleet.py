@@ -132,6 +132,21 @@ def test_closing_delivers_what_is_there_within_the_grace(tmp_path: Path) -> None
     assert all(len(memory.points(f"run-{n}")) == 3000 for n in range(5))
 
 
+def test_a_running_run_whose_writers_are_gone_is_settled_and_closed(tmp_path: Path) -> None:
+    memory = Memory()
+    with started(tmp_path, memory) as intake:
+        take(intake, arrival(points=[("a", 1.0, 1)]))
+        until(lambda: memory.points("run-1"))
+    with started(tmp_path, memory) as intake:
+        intake._fleet._quiet_s = 0.1
+        until(lambda: intake._fleet.is_settled() and intake.run_info().open_runs == 0)
+        assert intake.run_info().undelivered == 0
+        take(intake, arrival(points=[("a", 2.0, 2)]))
+        until(lambda: len(memory.points("run-1")) == 2)
+        intake._runs["run-1"].close_quiet(0.0, time.monotonic() + 1)
+        until(lambda: intake._fleet.is_settled() and intake.run_info().open_runs == 0)
+
+
 def test_trouble_at_the_destination_shows_in_the_numbers(tmp_path: Path) -> None:
     memory = Memory()
     memory.answer = lambda batch: RetryLater("MLflow is away", after_s=0.05)
