@@ -7,12 +7,15 @@ import json
 import logging
 import signal
 import socket
+import ssl
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import grpc
 import pytest
@@ -46,7 +49,7 @@ NOWHERE = "http://127.0.0.1:9"  # an MLflow that is away
 
 @pytest.fixture
 def gateway(tmp_path: Path, mlflow_server: MlflowServer) -> Iterator[GatewayProcess]:
-    with GatewayProcess(tmp_path / "gateway", mlflow_server.uri) as process:
+    with GatewayProcess(tmp_path / "gateway", mlflow_server.uri, "--grace", "3s") as process:
         yield process
 
 
@@ -341,17 +344,82 @@ def test_with_a_certificate_both_doors_speak_tls(tmp_path: Path, mlflow_server: 
         assert main(["gateway", "--probe", f"{gateway.http}/readyz"]) == 0
 
 
+def test_a_changed_certificate_is_shown_to_new_connections_and_clients_may_have_to_show_one(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    public, key = certificate(tmp_path / "first")
+    options = ("--tls-cert", str(public), "--tls-key", str(key), "--tls-client-ca", str(public), "--host", "localhost")
+    with GatewayProcess(tmp_path / "gateway", NOWHERE, *options, "--grace", "1s") as gateway:
+        host, port = "localhost", gateway.ports[0]
+
+        def shown(with_certificate: bool = True) -> str:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+            if with_certificate:
+                context.load_cert_chain(tmp_path / "mine.pem")
+            with (
+                socket.create_connection((host, port), timeout=10) as plain,
+                context.wrap_socket(plain, server_hostname=host) as connection,
+            ):
+                connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+                if not connection.recv(100).startswith(b"HTTP/1.1 200"):
+                    raise ConnectionError("closed without an answer")
+                return ssl.DER_cert_to_PEM_cert(connection.getpeercert(binary_form=True) or b"")
+
+        (tmp_path / "mine.pem").write_bytes(key.read_bytes() + public.read_bytes())
+        before = shown()
+        assert before.split() == public.read_text().split()
+        with pytest.raises((ssl.SSLError, ConnectionError)):
+            shown(with_certificate=False)
+        new_public, new_key = certificate(tmp_path / "second")
+        new_public.replace(public)  # half of it: the old pair stays in force
+        wait_until(lambda: "can't be used, the old one stays" in gateway.log)
+        assert shown() == before
+        new_key.replace(key)
+        wait_until(lambda: shown() != before)
+        assert shown().split() == public.read_text().split()
+        authority, mine = (tmp_path / "mine.pem").read_bytes(), public.read_bytes()
+        credentials = grpc.ssl_channel_credentials(mine, authority, authority)
+        with grpc.secure_channel(gateway.grpc, credentials) as channel:
+            channel.unary_unary(METHOD)(POINTS, timeout=30)
+
+
 # ---- its life -------------------------------------------------------------------------------------------------------
 
 
-def test_sigterm_ends_it_well_and_what_is_left_is_delivered_by_the_next(
-    tmp_path: Path, mlflow_server: MlflowServer
-) -> None:
-    folder = tmp_path / "gateway"
-    with GatewayProcess(folder, NOWHERE, "--grace", "1s") as away:
-        assert away.post("metrics", points_request("left-1", count=5).SerializeToString())[0] == 200
-        assert away.stop() == 0
-    assert "SIGTERM" in away.log
+def test_sigterm_finishes_the_request_under_way_and_takes_no_other(tmp_path: Path) -> None:
+    with GatewayProcess(tmp_path / "gateway", NOWHERE, "--grace", "5s") as gateway:
+        head = f"POST /v1/metrics HTTP/1.1\r\nHost: x\r\nContent-Length: {len(POINTS)}\r\n"
+        head += "Content-Type: application/x-protobuf"
+        with gateway.connect() as under_way, gateway.connect() as kept:
+            under_way.sendall(f"{head}\r\n\r\n".encode() + POINTS[:-1])
+            kept.sendall(b"GET /readyz HTTP/1.1\r\nHost: x\r\n\r\n")
+            answer = b""
+            while not answer.endswith(b"ready\n"):
+                answer += kept.recv(1000)
+            wait_until(lambda: gateway.number("in_flight_bytes") == len(POINTS) - 1)
+            gateway.process.terminate()
+            wait_until(lambda: "SIGTERM" in gateway.log)
+            under_way.sendall(POINTS[-1:])
+            assert under_way.recv(1000).startswith(b"HTTP/1.1 200")
+            assert kept.recv(1000) == b""
+        assert gateway.process.wait(30) == 0
+    assert "Traceback" not in gateway.log
+
+
+def test_artifacts_are_put_with_the_same_tokens(tmp_path: Path) -> None:
+    path = tmp_path / "tokens.toml"
+    token_file(path, team="sesame-right")
+    with GatewayProcess(tmp_path / "gateway", NOWHERE, "--tokens", str(path), "--grace", "1s") as gateway:
+        place = Request(f"{gateway.http}/v1/artifacts/run-1/{'0' * 64}", method="HEAD")
+        with pytest.raises(HTTPError) as none:
+            urlopen(place, timeout=10)
+        place.add_header("Authorization", "Bearer sesame-right")
+        with pytest.raises(HTTPError) as known:
+            urlopen(place, timeout=10)
+        none.value.close()
+        known.value.close()
+        assert (none.value.code, known.value.code) == (401, 404)
 
 
 def test_a_second_sigterm_ends_it_at_once(tmp_path: Path) -> None:
@@ -368,7 +436,7 @@ def test_what_was_acknowledged_survives_a_kill_and_a_repeat_is_not_stored_again(
 ) -> None:
     run_id = f"killed-{time.time_ns()}"
     body = points_request(run_id, count=50).SerializeToString()
-    with GatewayProcess(tmp_path / "gateway", mlflow_server.uri) as first:
+    with GatewayProcess(tmp_path / "gateway", mlflow_server.uri, "--grace", "1s") as first:
         assert first.post("metrics", body)[0] == 200
         first.kill()
         with first.again() as second:

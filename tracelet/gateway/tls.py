@@ -23,7 +23,7 @@ class Certificate:
     """
 
     def __init__(self, cert: Path, key: Path, client_ca: Path | None) -> None:
-        self._cert, self._key, self._client_ca = cert, key, client_ca
+        self._cert, self._key = cert, key
         self._seen = self._state()
         try:
             self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -33,6 +33,8 @@ class Certificate:
             if client_ca is not None:
                 self.context.load_verify_locations(client_ca)
                 self.context.verify_mode = ssl.CERT_REQUIRED
+            # Read once: a context forgets no authority, so both servers keep the one of the start.
+            self._authority = None if client_ca is None else client_ca.read_bytes()
             self._pem = self._read()
         except (OSError, ssl.SSLError) as error:
             raise ConfigError(f"the certificate {cert} with the key {key} can't be used: {error}") from None
@@ -60,7 +62,7 @@ class Certificate:
     def for_grpc(self) -> Any:
         """Credentials that ask here at each handshake."""
         return grpc.dynamic_ssl_server_credentials(
-            self._configuration(), self._fetch, require_client_authentication=self._client_ca is not None
+            self._configuration(), self._fetch, require_client_authentication=self._authority is not None
         )
 
     def _fetch(self) -> Any:
@@ -70,12 +72,11 @@ class Certificate:
         return self._configuration()
 
     def _configuration(self) -> Any:
-        cert, key, client_ca = self._pem
-        return grpc.ssl_server_certificate_configuration([(key, cert)], root_certificates=client_ca)
+        cert, key = self._pem
+        return grpc.ssl_server_certificate_configuration([(key, cert)], root_certificates=self._authority)
 
-    def _read(self) -> tuple[bytes, bytes, bytes | None]:
-        ca = None if self._client_ca is None else self._client_ca.read_bytes()
-        return self._cert.read_bytes(), self._key.read_bytes(), ca
+    def _read(self) -> tuple[bytes, bytes]:
+        return self._cert.read_bytes(), self._key.read_bytes()
 
     def _state(self) -> list[object]:
         found: list[object] = []
