@@ -1,4 +1,4 @@
-"""Kafka between two collectors whose backends are away: nothing that the edge acknowledged is skipped, or out of order."""
+"""Kafka between two collectors, backends away: nothing that the edge acknowledged is skipped, or out of order."""
 
 from __future__ import annotations
 

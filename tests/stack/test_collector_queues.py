@@ -52,9 +52,12 @@ def in_order(url: str, run: Sender, batch: PointBatch, *, give_up_at: int | None
 
 def test_a_callers_token_is_in_no_queue_file(tmp_path: Path) -> None:
     run = Sender("secret")
-    with Collector(tmp_path / "collector", prometheus="http://127.0.0.1:1", gateway="http://127.0.0.1:1") as collector:
+    away = "http://127.0.0.1:1"
+    with Collector(tmp_path / "collector", prometheus=away, gateway=away, loki=away, tempo="127.0.0.1:1") as collector:
         bodies = run.bodies(made(1_000, "loss", start=now_ns()))
-        assert set(send(collector.http, bodies, Authorization=f"Bearer {TOKEN}", X_Api_Key=TOKEN)) == {200}
+        for sent, kind in ((bodies, "metrics"), ([a_log(run, 1)], "logs"), ([a_span(run, 1)], "traces")):
+            statuses = send(collector.http, sent, signal=kind, Authorization=f"Bearer {TOKEN}", X_Api_Key=TOKEN)
+            assert set(statuses) == {200}
         assert collector.waiting() > 2 * len(bodies[0])
     files = [path for path in collector.queues.iterdir() if path.is_file()]
     held = b"".join(path.read_bytes() for path in files)

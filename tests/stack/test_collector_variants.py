@@ -216,6 +216,10 @@ def test_a_wrong_token_is_401_and_each_listed_one_is_taken(tmp_path: Path) -> No
         tokens.write_text("second-token\n")
         until(lambda: status("first-token") == 401)
         assert status("second-token") == 200
+    held = b"".join(path.read_bytes() for path in collector.queues.iterdir() if path.is_file())
+    assert b"name of tls" in held  # what was sent passed through these files
+    assert b"-token" not in held
+    assert b"for-the-gateway" not in held
 
 
 def test_the_older_names_do_the_same(tmp_path: Path) -> None:
