@@ -13,6 +13,7 @@ from tracelet.records import PointBatch
 __all__ = ["Columns", "count_points"]
 
 _NO_RECORDED_VALUE = 1
+_OVERFLOW = "otel.metric.overflow"  # the SDK's one point for all sets of attributes beyond its limit: nobody's value
 _KINDS = ("gauge", "sum", "histogram", "exponential_histogram", "summary")
 
 
@@ -68,7 +69,7 @@ class Columns:
                     continue
                 if kind == "as_int":
                     value = float(point.as_int)
-            iteration, dense = 0, False
+            iteration, dense, fault = 0, False, "iteration that is no integer"
             for attribute in point.attributes:
                 key = attribute.key
                 if key == semconv.ITERATION:
@@ -78,6 +79,9 @@ class Columns:
                         break
                 elif key == semconv.DENSE:
                     dense = attribute.value.bool_value
+                elif key == _OVERFLOW:
+                    fault = "the SDK's overflow"
+                    break
             else:
                 if dense:
                     self._dense.append(len(values))
@@ -85,7 +89,7 @@ class Columns:
                 values.append(value)
                 iterations.append(iteration)
                 continue
-            tally.add_foreign("iteration that is no integer")
+            tally.add_foreign(fault)
 
     def first(self) -> int:
         """The earliest time there is, 0 without any."""

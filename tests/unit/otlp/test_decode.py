@@ -270,6 +270,13 @@ def test_integers_are_values_and_a_missing_iteration_is_zero() -> None:
     assert list(arrival.points.iterations) == [0, 0, 0]
 
 
+def test_the_sdk_s_overflow_is_no_value_at_iteration_zero() -> None:
+    message, items = request("metrics")
+    point = items.add(name="loss").gauge.data_points.add(time_unix_nano=START, as_double=0.5)
+    point.attributes.add(key="otel.metric.overflow").value.bool_value = True
+    assert decode_metrics(message).reasons == {"the SDK's overflow": 1}
+
+
 def test_the_end_of_a_series_is_no_value() -> None:
     message, items = request("metrics")
     items.add(name="loss").gauge.data_points.add(time_unix_nano=START, flags=1)
