@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
 
 from tests.stack.harness import REPOSITORY, stack_command
 
@@ -210,3 +211,10 @@ def test_help_needs_nothing_but_python(shell: dict[str, str]) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "restart" in done.stdout
+
+
+def test_the_images_of_the_compose_file_are_the_versions_that_are_tested(programs: ModuleType) -> None:
+    services = yaml.safe_load((REPOSITORY / "docker-compose.yml").read_text())["services"]
+    for name in ("collector", "prometheus", "loki"):
+        tag = services[name]["image"].rpartition(":")[2]
+        assert tag.removeprefix("v") == programs.PROGRAMS[name].version, name
