@@ -37,13 +37,20 @@ LEGEND = "{{tracelet_run_name}} {{tracelet_run_id}}"
 EVENTS = '{service_name=~".+"}'  # Loki wants a label of the stream; all that tells runs apart comes after it
 
 
+# What was logged, whatever prefix it has here: not the companion series, nor alerts, nor what tracelet says of a metric.
+LOGGED = '__name__!~"(tracelet|ALERTS).*"'
 CHOSEN = 'tracelet_metric_key=~"$key"'  # where several may be chosen: Grafana escapes what a pattern would misread
 ONE_CHOSEN = 'tracelet_metric_key="$key"'
 
 
 def value_of(key: str = CHOSEN) -> str:
-    """Any metric by the name it was logged with; the companion series has the same label."""
-    return f'{{__name__!="tracelet_iteration",{key},{RUN}}}'
+    """Any metric by the name it was logged with."""
+    return f"{{{LOGGED},{key},{RUN}}}"
+
+
+def lately(series: str) -> str:
+    """What was logged since the step before: each point once, the last one too, after which its series has ended."""
+    return f"last_over_time({series}[$__interval])"
 
 
 def newest(which: str = RUN) -> str:
@@ -188,8 +195,8 @@ def by_iteration(title: str, description: str, key: str, **more: Any) -> Json:
 
     Both series have the same timestamps, so at each step of the grid both are of the same logged point.
     """
-    value = f"max by ({SERIES}) ({value_of(key)})"
-    iteration = f"max by ({SERIES}) (tracelet_iteration{{{key},{RUN}}})"
+    value = f"max by ({SERIES}) ({lately(value_of(key))})"
+    iteration = f"max by ({SERIES}) ({lately(f'tracelet_iteration{{{key},{RUN}}}')})"
     made = panel(
         "xychart",
         title,
@@ -402,8 +409,8 @@ def runs(*, multi: bool = True) -> list[Json]:
 
 def key(*, multi: bool = True) -> Json:
     """Metrics by the names they were logged with."""
-    query = 'label_values({__name__!="tracelet_iteration",tracelet_metric_key!="",tracelet_run_id=~"$run"}, '
-    return choice("key", "Metric", f"{query}tracelet_metric_key)", multi=multi)
+    query = f'label_values({{{LOGGED},tracelet_metric_key!="",{RUN}}}, tracelet_metric_key)'
+    return choice("key", "Metric", query, multi=multi)
 
 
 def fixed(name: str, label: str, text: str) -> Json:
@@ -510,6 +517,16 @@ ONE_RUN = (
 )
 
 
+# The gateway knows which run of MLflow it made; the label behind the column MLflow is only there for runs that write to
+# MLflow themselves.
+BY_GATEWAY = "${gateway}/runs/${__value.raw}"
+
+
+def addresses() -> list[Json]:
+    """Of what is no data source; as docker-compose.yml has them."""
+    return [fixed("mlflow", "MLflow", "http://localhost:5000"), fixed("gateway", "Gateway", "http://localhost:4319")]
+
+
 def runs_table(more: list[Json], first: list[str]) -> Json:
     """The table of runs; `more` queries are columns of their own, shown after those in `first`."""
     info = (
@@ -559,7 +576,7 @@ def runs_table(more: list[Json], first: list[str]) -> Json:
         override("Duration", unit="s"),
         override("Trace", links=[link("Its trace in Tempo", TRACE)], custom__width=120),
         override("MLflow", links=[link("The run in MLflow", "${mlflow}/#/runs/${__value.raw}")], custom__width=120),
-        override("Run id", links=[link("Its logs in Loki", LOGS_OF_RUN), link("This run", ONE_RUN)]),
+        override("Run id", links=[link("Its logs in Loki", LOGS_OF_RUN), link("The run in MLflow", BY_GATEWAY)]),
     ]
     return made
 
@@ -568,17 +585,14 @@ def runs_dashboard() -> Json:
     """What ran, and what came of it."""
     page = Page()
     last = columns_by_key(f"max by (tracelet_run_id, tracelet_metric_key) (last_over_time({value_of()}[$__range]))")
-    page.add(runs_table([at_end(last)], []), 24, 14)
+    page.add(runs_table([at_end(last)], []), 24, 11)
     page.add(
         logs("Ends", "How runs ended.", f'{EVENTS} | tracelet_event="tracelet.run.ended" | {RUN}'),
         24,
         7,
     )
-    variables = [*sources("prometheus", "loki", "tempo"), *runs(), key(), fixed("mlflow", "MLflow", MLFLOW)]
+    variables = [*sources("prometheus", "loki", "tempo"), *runs(), key(), *addresses()]
     return dashboard("runs", "All runs of the range, with params, last values and links.", page, variables=variables)
-
-
-MLFLOW = "http://localhost:5000"
 
 
 def run_dashboard() -> Json:
@@ -600,7 +614,12 @@ def run_dashboard() -> Json:
         curves(
             "Metrics by time",
             "The metrics chosen above, when they were logged.",
-            [over_time(f"max by ({SERIES}, tracelet_metric_key) ({value_of()})", "{{tracelet_metric_key}} " + LEGEND)],
+            [
+                over_time(
+                    f"max by ({SERIES}, tracelet_metric_key) ({lately(value_of())})",
+                    "{{tracelet_metric_key}} " + LEGEND,
+                )
+            ],
             interval="1s",
         ),
         24,
@@ -619,16 +638,17 @@ def run_dashboard() -> Json:
         7,
     )
     page.add(logs("Logs", "All that the run said, newest first.", f"{EVENTS} | {RUN}"), 12, 7)
-    every = '{__name__!="tracelet_iteration",tracelet_metric_key=~"(.+[/._])?epoch",' + RUN + "}"
-    now = f"floor(max by (tracelet_run_id, tracelet_run_name) ({every}))"
-    before = f"floor(max by (tracelet_run_id, tracelet_run_name) ({every} offset $__interval))"
+    every = f'{{{LOGGED},tracelet_metric_key=~"(.+[/._])?epoch",{RUN}}}'
+    by_run = "max by (tracelet_run_id, tracelet_run_name)"
+    now = f"floor({by_run} ({lately(every)}))"
+    before = f"floor({by_run} (last_over_time({every}[1d] offset $__interval)))"
     marks = [
         annotation(
             "Epochs",
             "blue",
             PROMETHEUS,
             {
-                "expr": f"({now} > {before}) or ({now} unless {before})",
+                "expr": f"{now} unless {now} == {before}",
                 "step": "1s",
                 "titleFormat": "epoch",
                 "textFormat": "{{tracelet_run_name}}",
@@ -690,7 +710,7 @@ def compare_dashboard() -> Json:
         curves(
             "$key by time",
             "One line a run, rank and attempt.",
-            [over_time(f"max by ({SERIES}) ({value_of(ONE_CHOSEN)})", LEGEND)],
+            [over_time(f"max by ({SERIES}) ({lately(value_of(ONE_CHOSEN))})", LEGEND)],
             interval="1s",
         ),
         12,
@@ -698,13 +718,13 @@ def compare_dashboard() -> Json:
     )
     best = f"${{best}} {BY_RUN} (${{best}}_over_time({value_of(ONE_CHOSEN)}[$__range]))"
     last = f"max {BY_RUN} (last_over_time({value_of(ONE_CHOSEN)}[$__range]))"
-    page.add(runs_table([at_end(column("Best", best)), at_end(column("Last", last))], ["Best", "Last"]), 24, 11)
+    page.add(runs_table([at_end(column("Best", best)), at_end(column("Last", last))], ["Best", "Last"]), 24, 9)
     variables = [
         *sources("prometheus", "loki", "tempo"),
         *runs(),
         key(multi=False),
         one_of("best", "Best is", ["min", "max"]),
-        fixed("mlflow", "MLflow", MLFLOW),
+        *addresses(),
     ]
     return dashboard("compare", "Many runs over one metric, with params beside it.", page, variables=variables)
 
@@ -731,7 +751,7 @@ def fleet_dashboard() -> Json:
     ):
         color = {"Stalled": "yellow", "Silent": COLORS["LOST"]}.get(title) or COLORS[title.upper()]
         page.add(number(title, description, f"count({of_project(expression)}) or vector(0)", color), 4, 4)
-    stored = 'count_over_time({__name__!="tracelet_iteration",tracelet_metric_key!=""}[1m])'
+    stored = f'count_over_time({{{LOGGED},tracelet_metric_key!=""}}[1m])'
     page.add(
         curves(
             "Points a second",
@@ -755,8 +775,12 @@ def pipeline() -> list[tuple[str, str, str, list[Json]]]:
     kinds = (("metric_points", "points"), ("log_records", "events"), ("spans", "spans"))
     queue = "max by (exporter, data_type) (otelcol_exporter_queue_size)"
     room = "max by (exporter, data_type) (otelcol_exporter_queue_capacity)"
+    # The last dot is one in the collector's name; whether Prometheus keeps it depends on how it was asked to scrape.
     filtered = [
-        over_time(f"sum by (filter) (rate(otelcol_processor_filter_{kind}_filtered{rate}))", f"{{{{filter}}}} {word}")
+        over_time(
+            f'sum by (filter) (rate({{__name__=~"otelcol_processor_filter_{kind}.filtered"}}{rate}))',
+            f"{{{{filter}}}} {word}",
+        )
         for kind, word in (("datapoints", "points"), ("logs", "events"))
     ]
     failed = [

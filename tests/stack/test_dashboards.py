@@ -121,6 +121,17 @@ def test_every_metric_of_a_run_is_selected_by_its_id_its_project_or_for_all() ->
                     assert "tracelet_run_id" in selector or "$project" in selector, (name, panel["title"], series)
 
 
+def test_what_is_selected_by_a_metrics_key_is_only_what_was_logged() -> None:
+    # Alerts carry the labels of what they are about, ALERTS_FOR_STATE a time as its value: it was taken for a loss.
+    found = 0
+    for dashboard in DASHBOARDS.values():
+        text = json.dumps(dashboard).replace('\\"', '"')
+        for name, selector in re.findall(r"([\w$]*)\{([^{}]*tracelet_metric_key[^{}]*)\}", text):
+            found += 1
+            assert name == "tracelet_iteration" or '__name__!~"(tracelet|ALERTS).*"' in selector
+    assert found >= 12
+
+
 def test_variables_come_before_those_that_use_them() -> None:
     for dashboard in DASHBOARDS.values():
         known: set[str] = set()
