@@ -75,8 +75,8 @@ class Rows:
     def _in_order_of_logging(self) -> Iterator[list[Row]]:
         states: dict[str, stamps.State] = {}
         for entry in self.folders:
-            attempts = entry.manifest.attempts if entry.manifest is not None else ()
-            received = any(attempt.extra.get("received") for attempt in attempts)
+            # What a gateway received has its times from the sender.
+            received = entry.manifest is not None and entry.manifest.extra.get("received") is True
             reader = SpoolReader(entry.folder)
             try:
                 for writer in reader.writers():
