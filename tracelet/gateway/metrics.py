@@ -56,6 +56,8 @@ class GatewayMetrics:
         for signal in ("metrics", "logs", "traces"):
             for family in (self._items, self._foreign, self._unknown):
                 family.labels(signal)  # a series that is there at 0 can be alerted on
+        for reason in ("no token", "wrong token", "expired token", "foreign run", "full", "spool", "fault"):
+            self._refused.labels(reason)
 
     def answered(self, signal: str, transport: str, code: int | str, seconds: float) -> None:
         """Count one answer."""

@@ -19,7 +19,7 @@ from tracelet import backends
 from tracelet.errors import ConfigError
 from tracelet.settings import Setting, parse_duration, parse_size
 
-__all__ = ["GATEWAY_SETTINGS", "Options", "destination", "is_loopback", "resolve"]
+__all__ = ["GATEWAY_SETTINGS", "Options", "destination", "is_known", "is_loopback", "resolve"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +231,7 @@ GATEWAY_SETTINGS: tuple[Setting, ...] = (
         "artifact_max_bytes",
         "TRACELET_GATEWAY_ARTIFACT_MAX_BYTES",
         _size,
-        "no limit",
+        "`5GiB`",
         "The largest artifact that is brought to MLflow; a larger one stays a reference.",
     ),
     Setting(
@@ -251,6 +251,17 @@ _KUBERNETES = re.compile(
 )
 
 
+def is_known(name: str) -> bool:
+    """Whether a variable is one of the gateway's, or the collector's for its way here.
+
+    Examples:
+        >>> from tracelet.gateway.options import is_known
+        >>> is_known("TRACELET_GATEWAY_TOKENS"), is_known("TRACELET_GATEWAY_URL"), is_known("TRACELET_GATEWAY_" + "X")
+        (True, True, False)
+    """
+    return any(name == setting.env for setting in GATEWAY_SETTINGS) or bool(_ELSEWHERE.fullmatch(name))
+
+
 def resolve(arguments: Mapping[str, object], environ: Mapping[str, str]) -> Options:
     """Options from `arguments`, else the environment, else the defaults; None and empty mean "not given".
 
@@ -265,8 +276,7 @@ def resolve(arguments: Mapping[str, object], environ: Mapping[str, str]) -> Opti
     """
     known = {str(setting.env): setting for setting in GATEWAY_SETTINGS}
     for name in sorted(environ):
-        ours = name.startswith("TRACELET_GATEWAY_") and name not in known
-        if ours and not _ELSEWHERE.fullmatch(name) and not _KUBERNETES.fullmatch(name):
+        if name.startswith("TRACELET_GATEWAY_") and not is_known(name) and not _KUBERNETES.fullmatch(name):
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
             advice = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(known))}"
             raise ConfigError(f"{name} in the environment is no setting of the gateway: {advice}", setting=name)
@@ -311,6 +321,7 @@ def _defaults(environ: Mapping[str, str]) -> dict[str, Any]:
         "lost_after": 3600.0,
         "grace": 25.0,
         "artifact_prefixes": (),
+        "artifact_max_bytes": 5 * 1024 * mib,
     }
 
 
