@@ -37,7 +37,7 @@ LEGEND = "{{tracelet_run_name}} {{tracelet_run_id}}"
 EVENTS = '{service_name=~".+"}'  # Loki wants a label of the stream; all that tells runs apart comes after it
 
 
-# What was logged, whatever prefix it has here: not the companion series, nor alerts, nor what tracelet says of a metric.
+# What was logged, whatever its prefix: not the companion series, nor alerts, nor what tracelet says of a metric.
 LOGGED = '__name__!~"(tracelet|ALERTS).*"'
 CHOSEN = 'tracelet_metric_key=~"$key"'  # where several may be chosen: Grafana escapes what a pattern would misread
 ONE_CHOSEN = 'tracelet_metric_key="$key"'
