@@ -42,12 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", default="runs,run,compare,fleet")
     parser.add_argument("--minutes", type=float, default=15.0, help="how far back")
+    parser.add_argument("--end", type=float, help="where the range ends, in seconds since the epoch; default: now")
     parser.add_argument("--run", action="append", default=[], help="ids for the dashboard Run; default: all")
     parser.add_argument("--key", default="train/loss", help="what to compare")
     chosen = parser.parse_args(arguments)
     state = json.loads((chosen.stack / "stack.json").read_text())
     servers = Servers(state["prometheus"], state["loki"])
-    end = panel_queries.last_hour().end
+    end = chosen.end or panel_queries.last_hour().end
     over = Range(end - 60 * chosen.minutes, end)
     for name in chosen.only.split(","):
         dashboard = panel_queries.load(FOLDER / f"{name}.json")
