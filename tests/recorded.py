@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,12 @@ def record(
 ) -> list[Received]:
     """Train for a moment and give the requests that its own shipper sent, all of them acknowledged."""
     with HttpSink() as sink:
-        os.environ["TRACELET_DIR"] = str(folder)
         exp = tracelet.start_logging(
             exp_name=name or f"name of {run_id}",
             project="gateway",
             run_id=run_id,
             backend=[tracelet.OTLP(sink.endpoint)],
+            dir=folder,
         )
         exp.log_params({"lr": 0.1, "long": LONG})
         exp.set_tags({"mood": "early"})

@@ -155,20 +155,27 @@ def test_a_lost_run_has_the_tag_until_it_speaks_again(tmp_path: Path, mlflow_ser
 def test_the_commands_for_people_work_on_a_gateways_folder(
     tmp_path: Path, mlflow_server: MlflowServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_id = ids.new_run_id()
+    run_id, going_on = ids.new_run_id(), ids.new_run_id()
     requests = record(tmp_path / "client", run_id)
     root = tmp_path / "root"
     intake = intake_on(root, mlflow_server)
     monkeypatch.setenv("TRACELET_DIR", str(root))
     try:
         hand_in(intake, requests)
+        hand_in(intake, [one for one in record(tmp_path / "other", going_on) if one.signal == "metrics"][:1])
         check(mlflow_server, run_id, 300)
     finally:
         intake.close(10.0)
     assert main(["runs"]) == 0
-    assert run_id[:8] in capsys.readouterr().out
+    listed = capsys.readouterr().out
+    assert run_id[:8] in listed
+    (line,) = [line for line in listed.splitlines() if line.startswith(going_on[:8])]
+    assert " RUNNING " in line  # its files are closed, and it has not ended
     assert main(["show", run_id]) == 0
     shown = capsys.readouterr().out
     assert "FINISHED" in shown
     assert "loss" in shown
     assert main(["ship", run_id]) == 0
+    assert main(["prune", "--keep", "0d"]) == 0
+    assert (root / going_on).exists()
+    assert not (root / run_id).exists()

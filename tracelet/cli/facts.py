@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ from tracelet.spool import lease, store
 from tracelet.spool.cursor import DestinationProgress, Progress
 from tracelet.spool.reader import START, Position, SpoolReader
 
-__all__ = ["NOT_DELIVERED", "RUNNING", "Destination", "Facts", "address", "look", "newest"]
+__all__ = ["LOST", "NOT_DELIVERED", "RUNNING", "Destination", "Facts", "address", "look", "newest"]
 
 RUNNING, NOT_DELIVERED, UNREADABLE = "RUNNING", "ended, not delivered", "unreadable"
+LOST = "LOST"  # of a run behind a gateway that has heard nothing of it for long; it may speak again
 
 _AT_ONCE = 1 << 20  # slots asked of the reader at a time
 _SILENT = frozenset(codec.kind_of(kind) for kind in (WriterOpened, MetricNamed, FlushAsked))
@@ -35,7 +36,7 @@ class Destination:
     refused: int  # points and other items, for good
     waiting: int
     waiting_records: int  # params, tags, spans, artifacts, ends
-    over: bool  # it has the end of every attempt
+    over: bool  # it has the end of every attempt that has one
     memory: Mapping[str, Any]  # "run_id" and "link", when known
 
     @property
@@ -103,8 +104,9 @@ def look(entry: store.RunFolder) -> Facts:
         alive = tuple(writer for writer in writers if lease.is_alive(folder, writer))
         attempt_of = {writer: _attempt_of(reader, writer) for writer in writers}
         progress, problem = _progress(folder, entry.problem)
+        with_end = _with_end(manifest, attempt_of)
         destinations = tuple(
-            _destination(reader, destination, progress.get(identity), attempt_of, alive)
+            _destination(reader, destination, progress.get(identity), attempt_of, alive, with_end=with_end)
             for identity, destination in (manifest.destinations if manifest else {}).items()
         )
         if destinations:
@@ -145,12 +147,13 @@ def newest(manifest: store.Manifest) -> store.Attempt | None:
 def _state(manifest: store.Manifest | None, problem: str | None, alive: Sequence[str]) -> str:
     if problem is not None:
         return UNREADABLE
+    attempt = newest(manifest) if manifest else None
+    ended = None if attempt is None or attempt.ended is None else str(attempt.ended["status"])
+    if manifest is not None and manifest.extra.get("received"):  # its writers are a gateway's: they tell nothing
+        return ended or (LOST if manifest.extra.get("lost") else RUNNING)
     if alive:
         return RUNNING
-    attempt = newest(manifest) if manifest else None
-    if attempt is not None and attempt.ended is not None:
-        return str(attempt.ended["status"])
-    return NOT_DELIVERED
+    return ended or NOT_DELIVERED
 
 
 def opening(reader: SpoolReader, writer: str) -> WriterOpened | None:
@@ -166,12 +169,22 @@ def _attempt_of(reader: SpoolReader, writer: str) -> str | None:
     return None if opened is None else opened.attempt_key
 
 
+def _with_end(manifest: store.Manifest | None, attempt_of: Mapping[str, str | None]) -> set[str]:
+    """The attempts whose end a destination has to have; of what came over the wire only those that were said to end."""
+    begun = {attempt for attempt in attempt_of.values() if attempt is not None}
+    if manifest is not None and manifest.extra.get("received"):
+        begun &= {attempt.key for attempt in manifest.attempts if attempt.ended is not None}
+    return begun
+
+
 def _destination(
     reader: SpoolReader,
     destination: Mapping[str, Any],
     progress: DestinationProgress | None,
     attempt_of: Mapping[str, str | None],
     alive: Sequence[str],
+    *,
+    with_end: Collection[str],
 ) -> Destination:
     """How far `destination` is. It gets all writers of the run, also those of attempts before it was named."""
     points = records = 0
@@ -179,7 +192,6 @@ def _destination(
         position = progress.positions.get(writer, START) if progress is not None else START
         more_points, more_records = count_beyond(reader, writer, position, dead=writer not in alive)
         points, records = points + more_points, records + more_records
-    begun = {attempt for attempt in attempt_of.values() if attempt is not None}
     return Destination(
         id=str(destination["id"]),
         kind=str(destination["kind"]),
@@ -189,7 +201,7 @@ def _destination(
         refused=progress.refused if progress is not None else 0,
         waiting=points,
         waiting_records=records,
-        over=progress is not None and all(progress.done.get(attempt) for attempt in begun),
+        over=progress is not None and all(progress.done.get(attempt) for attempt in with_end),
         memory=progress.memory if progress is not None else {},
     )
 

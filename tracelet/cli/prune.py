@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tracelet import settings
-from tracelet.cli.facts import Facts, look
+from tracelet.cli.facts import LOST, RUNNING, Facts, look
 from tracelet.cli.find import UsageError, add_dir, all_runs, chosen, select, short_ids
 from tracelet.cli.text import age, count, plain, size, table
 from tracelet.settings import Keep
@@ -120,6 +120,7 @@ def _is_over(facts: Facts) -> bool:
     return (
         not facts.waits
         and not facts.alive
+        and facts.state not in (RUNNING, LOST)  # behind a gateway it may go on
         and facts.shipper_pid is None
         and not any(facts.folder.glob("rejected-*.jsonl"))
     )

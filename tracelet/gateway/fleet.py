@@ -210,6 +210,7 @@ class Fleet:
             ship.news_at = ship.looked_at = now
             ship.opened_to_tidy = ship.tidied = False
             ship.shipment.nudge()
+            self._count(ship)
         for run_id in [run_id for run_id, at in self._tidy_at.items() if now >= at]:
             del self._tidy_at[run_id]
             if run_id not in self._open:

@@ -86,6 +86,7 @@ class RunSpool:
         self.lock = threading.RLock()
         self._terms = terms
         self._pens: dict[_Rank, _Pen] = {}
+        self._to_sync: list[int] = []  # duplicates of files that were closed before their flush
         self._new_files = not self.folder.exists()
         self.manifest = store.update_manifest(self.folder, lambda before: self._opened(before, run, owner))
         self._repeats = Repeats(self.folder)
@@ -252,6 +253,8 @@ class RunSpool:
         """Close files that a write may have left with open slots; readers pass over these once the writer is gone."""
         pen = self._pens.pop(rank, None)
         if pen is not None:
+            if pen.wrote and self._terms.sync:  # others wait for the flush of what they wrote here
+                self._to_sync += pen.files.to_sync()
             with guard("close a gateway's files"):
                 pen.files.close()
 
@@ -359,6 +362,7 @@ class RunSpool:
                 pen.wrote = False
             descriptors = [fd for pen in pens for fd in pen.files.to_sync()] if self._terms.sync else []
             descriptors += self._pieces.to_sync() if self._terms.sync else []
+            descriptors, self._to_sync = descriptors + self._to_sync, []
         try:
             _flush_all(descriptors)
             if new_files and self._terms.sync:
@@ -388,6 +392,9 @@ class RunSpool:
             for rank in list(self._pens):
                 self._drop(rank)
             self._pieces.close()
+            left, self._to_sync = self._to_sync, []
+        with guard("flush what a gateway wrote last"):
+            _flush_all(left)
 
 
 def _is_better(ended: AttemptEnd, known: Mapping[str, Any] | None) -> bool:
@@ -420,9 +427,9 @@ def _flush_all(descriptors: Sequence[int]) -> None:
 
 
 def _flush_folders(folder: Path, root: Path) -> None:
-    """Make the names of new files, and of the folder itself, survive a loss of power."""
-    for one in (folder, folder.parent, root):
-        fd = os.open(one, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    """Make the manifest, the names of new files, and the folder itself, survive a loss of power."""
+    for one in (folder / store.MANIFEST, folder, folder.parent, root):
+        fd = os.open(one, os.O_RDONLY | os.O_CLOEXEC)
         try:
             os.fsync(fd)
         finally:
