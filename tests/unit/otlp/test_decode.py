@@ -77,6 +77,12 @@ def only(decoded: Decoded) -> Arrival:
 # ---- what was released -------------------------------------------------------------------------------------------
 
 
+def golden_bodies(signal: str) -> list[bytes]:
+    """The requests of wire 1.0 in protobuf."""
+    requests = json.loads((GOLDEN / f"{signal}.json").read_text(encoding="utf-8"))
+    return [parse(signal, json.dumps(one).encode(), "application/json").SerializeToString() for one in requests]
+
+
 def golden(signal: str) -> list[Arrival]:
     requests = json.loads((GOLDEN / f"{signal}.json").read_text(encoding="utf-8"))
     return [only(DECODERS[signal](parse(signal, json.dumps(one).encode(), "application/json"))) for one in requests]
