@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,6 +49,9 @@ class OTLPExporter:
         self._files: dict[str, tuple[object, ...]] = {}
         self._ledger = Ledger()
         self._passed: dict[str, bytes] = {}  # by signal, a request that was accepted
+        self._age_s: float | None = spec.get("window_age_s")
+        self._old = 0  # points sent that a Prometheus behind the receiver would not take any more
+        self._run_id = "RUN"
         left_out = [signal for signal in SIGNALS if signal not in self._signals]
         if left_out:
             logger.info("OTLP: %s not sent, since no endpoint is set for them", " and ".join(left_out))
@@ -55,6 +59,7 @@ class OTLPExporter:
     def open(self, run: RunInfo, memory: Mapping[str, Any]) -> Answer:
         """OTLP has nothing to open; `memory` is what later batches need of earlier ones."""
         self._ledger = Ledger.from_json(memory)
+        self._run_id = run.run_id
         return Delivered()
 
     def memory(self) -> Mapping[str, Any]:
@@ -68,7 +73,12 @@ class OTLPExporter:
         planned.note.update(kept)
         loads = [load for load in planned.loads if load.signal in self._signals]
         return OtlpDelivery(
-            loads, planned.note, self._send, self._control, lambda: self._through(planned), uploads=uploads
+            loads,
+            planned.note,
+            self._send,
+            self._control,
+            lambda: self._through(planned, self._old_points(batch)),
+            uploads=uploads,
         )
 
     def beat(self, batch: Batch, heartbeat: Heartbeat) -> None:
@@ -79,12 +89,32 @@ class OTLPExporter:
             self._ledger.beaten(heartbeat)
 
     def close(self) -> None:
-        """Let the connections go."""
+        """Let the connections go, and say what the receiver may not have passed on."""
+        if self._old and self._age_s is not None:
+            logger.info(
+                "%s points of run %s were older than %g h when they were sent: if the receiver passes them on to a"
+                " Prometheus, they will not be there; `tracelet export --format openmetrics %s` makes a file for it",
+                f"{self._old:,}",
+                self._run_id,
+                self._age_s / 3600,
+                self._run_id,
+            )
+            self._old = 0
         for signal in tuple(self._senders):
             self._drop(signal)
 
-    def _through(self, planned: Plan) -> None:
+    def _through(self, planned: Plan, old: int) -> None:
         self._ledger = self._ledger.after(planned)
+        self._old += old
+
+    def _old_points(self, batch: Batch) -> int:
+        """How many of its points the window of a Prometheus leaves out; who the receiver is, nobody here knows."""
+        if self._age_s is None or "metrics" not in self._signals:
+            return 0
+        oldest = time.time_ns() - round(self._age_s * 1e9)
+        columns = [part.points.time_unix_nano for part in batch.parts if len(part.points)]
+        # Mostly the ends of a column tell: points stand in the order in which they were logged.
+        return sum(sum(at < oldest for at in times) for times in columns if times[0] < oldest or times[-1] < oldest)
 
     def _send(self, signal: str, body: bytes) -> Reply:
         sender = self._senders.get(signal)
