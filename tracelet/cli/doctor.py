@@ -22,6 +22,7 @@ from tracelet.cli.find import add_dir
 from tracelet.cli.masking import Sieve, shown
 from tracelet.cli.text import age, count, size, table
 from tracelet.errors import ConfigError
+from tracelet.exporters import artifact_store
 from tracelet.spool import disk
 from tracelet.version import __version__
 
@@ -150,13 +151,13 @@ def _variable_of(error: ConfigError, environ: Mapping[str, str]) -> str | None:
 
 
 def _value(resolved: settings.Settings, name: str) -> str | None:
-    value: object = resolved.grace_s if name == "grace" else getattr(resolved, name)
+    if name in ("grace", "window_age", "window_ahead"):
+        return age(getattr(resolved, f"{name}_s"))
+    value: object = getattr(resolved, name)
     if value is None:
         return None
     if isinstance(value, settings.Keep):
         return f"{age(value.max_age_s)}, {size(value.max_bytes)}"
-    if name == "grace":
-        return age(resolved.grace_s)
     if name == "max_bytes":
         return size(float(str(value)))
     return backends.without_credentials(value) if name == "tracking_uri" and isinstance(value, str) else str(value)
@@ -238,6 +239,8 @@ def _destinations(report: Report, resolved: settings.Settings, offline: bool) ->
             " Set TRACELET_BACKEND, MLFLOW_TRACKING_URI or OTEL_EXPORTER_OTLP_ENDPOINT, or install"
             " tracelet-otel[mlflow]."
         )
+    if any(destination["kind"] == "otlp" for destination in chosen.destinations):
+        _artifacts(report, resolved.environ)
     for destination in chosen.destinations:
         entry: dict[str, Any] = {"id": destination["id"], "kind": destination["kind"], "address": address(destination)}
         report.destinations.append(entry)
@@ -251,6 +254,13 @@ def _destinations(report: Report, resolved: settings.Settings, offline: bool) ->
         if not answer.ok:
             report.problem(f"{destination['kind']} at {entry['address']}: {answer.said}", answer.advice)
     return list(chosen.secrets.values())
+
+
+def _artifacts(report: Report, environ: Mapping[str, str]) -> None:
+    try:
+        report.notes.append(f"Files that a run logs {artifact_store.where_artifacts_go(environ)}.")
+    except ConfigError as error:
+        report.problem(str(error), "until then nothing that goes out by OTLP is delivered")
 
 
 def _shipper(report: Report, resolved: settings.Settings) -> None:

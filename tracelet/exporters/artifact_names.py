@@ -30,7 +30,7 @@ def store_path(run_id: str, sha256: str, path: str) -> str:
 
     Examples:
         >>> store_path("r1", "ab" * 32, "models/best 1.pt")[-12:]
-        '/best_1.pt'
+        'ab/best_1.pt'
     """
     name = re.sub(r"[^A-Za-z0-9._-]", "_", posixpath.basename(path))[:128].lstrip(".") or "artifact"
     return f"{plain_name(run_id)}/{sha256[:2]}/{sha256}/{name}"

@@ -232,3 +232,31 @@ def test_a_grpc_receiver_that_is_away_is_named(
     code, report = examined(capsys)
     assert code == 1
     assert "gRPC UNAVAILABLE" in problems(report)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("TRACELET_ARTIFACT_STORE", "file:///shared/runs", "go to the store file:///shared/runs"),
+        ("TRACELET_ARTIFACT_GATEWAY", "http://gateway:4318", "are put to the gateway http://gateway:4318"),
+        ("TRACELET_ARTIFACT_TOKEN", "s3cret-token", "stay where they are"),
+    ],
+)
+def test_where_files_go_that_travel_beside_otlp_is_said(
+    variable: str, value: str, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRACELET_BACKEND", "otlp")
+    monkeypatch.setenv(variable, value)
+    _, report = examined(capsys, "--offline")
+    assert any(said in note for note in report["notes"])
+    assert "s3cret-token" not in json.dumps(report)
+
+
+def test_a_store_that_can_not_be_one_is_a_problem(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRACELET_BACKEND", "otlp")
+    monkeypatch.setenv("TRACELET_ARTIFACT_STORE", "https://example.com/x")
+    code, report = examined(capsys, "--offline")
+    assert code == 1
+    assert "TRACELET_ARTIFACT_STORE" in problems(report)
