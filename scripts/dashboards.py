@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
 """Write the Grafana dashboards of collector-config/grafana/dashboards: what they share stands here once.
 
-scripts/dashboards.py           # writes the four files; a test proves that they are as this program makes them
-scripts/dashboards.py --check   # says what differs, and writes nothing
+.venv/bin/python scripts/dashboards.py           # writes the four files; a test proves that they are as this program makes them
+.venv/bin/python scripts/dashboards.py --check   # says what differs, and writes nothing
 """
 
 from __future__ import annotations

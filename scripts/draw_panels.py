@@ -1,10 +1,9 @@
-#!/usr/bin/env python3
 """Draw the dashboards from their own queries on a running stack, in Grafana's look: the pictures of docs/images.
 
 They are no screenshots, and say so: what is drawn is what each panel's query returns, after its transformations.
 
-scripts/stack.py up --dir DIR --with loki        # and examples/to_the_stack.py into it
-scripts/draw_panels.py --stack DIR --out docs/images
+.venv/bin/python scripts/stack.py up --dir DIR --with loki        # and examples/to_the_stack.py into it
+.venv/bin/python scripts/draw_panels.py --stack DIR --out docs/images
 """
 
 from __future__ import annotations
