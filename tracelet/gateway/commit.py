@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Protocol
 
-__all__ = ["GroupCommit"]
+from tracelet.spool.store import MANIFEST
+
+__all__ = ["GroupCommit", "flush_all", "flush_names"]
 
 
 class Flushable(Protocol):
@@ -77,3 +81,23 @@ class GroupCommit:
                 self.rounds += 1
                 joined.done = True
                 self._changed.notify_all()
+
+
+def flush_all(descriptors: Sequence[int]) -> None:
+    """Bring these files to the disk, and close the descriptors whatever comes of it."""
+    try:
+        for fd in descriptors:
+            os.fdatasync(fd)
+    finally:
+        for fd in descriptors:
+            os.close(fd)
+
+
+def flush_names(folder: Path, root: Path) -> None:
+    """Make the manifest, the names of new files, and the folder itself, survive a loss of power."""
+    for one in (folder / MANIFEST, folder, folder.parent, root):
+        fd = os.open(one, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)

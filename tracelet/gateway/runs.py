@@ -6,12 +6,13 @@ import dataclasses
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tracelet import codec
+from tracelet.gateway.commit import flush_all, flush_names
 from tracelet.gateway.latest import Latest
 from tracelet.gateway.pieces import Pieces
 from tracelet.gateway.repeats import Repeats, digest_of
@@ -364,9 +365,9 @@ class RunSpool:
             descriptors += self._pieces.to_sync() if self._terms.sync else []
             descriptors, self._to_sync = descriptors + self._to_sync, []
         try:
-            _flush_all(descriptors)
+            flush_all(descriptors)
             if new_files and self._terms.sync:
-                _flush_folders(self.folder, self._terms.root)
+                flush_names(self.folder, self._terms.root)
             with self.lock:
                 self._repeats.write(digests)
         except OSError:
@@ -394,7 +395,7 @@ class RunSpool:
             self._pieces.close()
             left, self._to_sync = self._to_sync, []
         with guard("flush what a gateway wrote last"):
-            _flush_all(left)
+            flush_all(left)
 
 
 def _is_better(ended: AttemptEnd, known: Mapping[str, Any] | None) -> bool:
@@ -415,22 +416,3 @@ def _resource_of(manifest: store.Manifest, attempt: store.Attempt) -> dict[str, 
 
 def _name_frame(metric_id: int, name: str) -> tuple[int, bytes]:
     return codec.encode(MetricNamed(metric_id, name))
-
-
-def _flush_all(descriptors: Sequence[int]) -> None:
-    try:
-        for fd in descriptors:
-            os.fdatasync(fd)
-    finally:
-        for fd in descriptors:
-            os.close(fd)
-
-
-def _flush_folders(folder: Path, root: Path) -> None:
-    """Make the manifest, the names of new files, and the folder itself, survive a loss of power."""
-    for one in (folder / store.MANIFEST, folder, folder.parent, root):
-        fd = os.open(one, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
