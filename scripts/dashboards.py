@@ -1,6 +1,6 @@
 """Write the Grafana dashboards of collector-config/grafana/dashboards: what they share stands here once.
 
-.venv/bin/python scripts/dashboards.py           # writes the four files; a test proves that they are as this program makes them
+.venv/bin/python scripts/dashboards.py           # writes them; a test proves that they are as this makes them
 .venv/bin/python scripts/dashboards.py --check   # says what differs, and writes nothing
 """
 
