@@ -23,8 +23,7 @@ __all__ = ["EXAMPLES", "add", "run"]
 
 EXAMPLES = """\
   tracelet export 1f0c64ab --format openmetrics -o run.om
-  promtool tsdb create-blocks-from openmetrics run.om ./blocks
-  tracelet export nightly --format csv | head"""
+  tracelet export nightly --format csv -o nightly.csv"""
 
 FORMATS = ("openmetrics", "jsonl", "csv")
 PROMOTED = ("host.name",)

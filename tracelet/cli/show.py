@@ -240,6 +240,11 @@ def _destinations(facts: Facts) -> Iterator[str]:
     for d in facts.destinations:
         if d.memory.get("link"):
             lines.append(f"  in {d.kind}: {d.memory['link']}")
+        left_out = d.memory.get("left_out", {})
+        if any(left_out.values()):
+            words = {"too_old": "too old", "ahead": "ahead of the clock", "dense": "without a millisecond of their own"}
+            said = ", ".join(f"{left_out[name]:,} {why}" for name, why in words.items() if left_out.get(name))
+            lines.append(f"  not sent to {d.id}: {said} (`tracelet export` has them)")
     yield "\n".join(lines)
 
 
