@@ -169,7 +169,8 @@ class Intake:
         arrivals = [arrival for arrival in decoded.arrivals if _has_legal_id(arrival)]
         for arrival in arrivals:
             self._check_project(arrival.run.run_id, arrival.run.project, caller)
-        for arrival in arrivals:
+        # Runs that are there already first: a refusal then leaves no new one behind.
+        for arrival in sorted(arrivals, key=lambda one: one.run.run_id not in self._known):
             self._check_owner(self._run(arrival.run, caller.name), caller)
         stored = []
         for arrival in arrivals:
@@ -216,10 +217,10 @@ class Intake:
 
     def _check_owner(self, run: RunSpool, caller: Caller) -> None:
         self._check_project(run.run_id, run.manifest.project, caller)
-        if caller.name and run.owner and run.owner != caller.name:
-            raise Forbidden(run.run_id, run.owner, f"it belongs to token {run.owner!r}, not to {caller.name!r}")
         if caller.name and not run.owner:
             run.adopt(caller.name)
+        if caller.name and run.owner != caller.name:
+            raise Forbidden(run.run_id, run.owner, f"it belongs to token {run.owner!r}, not to {caller.name!r}")
 
     def _writers_of(self, run_id: str) -> frozenset[str]:
         run = self._runs.get(run_id)

@@ -37,6 +37,9 @@ FOLDER = "gateway"
 SLOTS = 8192
 """Of a segment: 256 KiB, so that thousands of small runs need little room."""
 
+PENS = 256
+"""Ranks of a run whose files are open at once; the one that has been quiet longest gives way."""
+
 _WITNESSES = {"span": 1, "status": 2, "event": 3}  # the better one tells more: the event alone has the error whole
 
 _Rank = tuple[str, int, str]
@@ -129,8 +132,10 @@ class RunSpool:
         return str(self.manifest.extra.get("owner") or "")
 
     def adopt(self, owner: str) -> None:
-        """Give a run that is nobody's to `owner`."""
+        """Give a run that is nobody's to `owner`; one that is somebody's by now stays so."""
         with self.lock:
+            if self.owner:
+                return
             self._change(lambda manifest: dataclasses.replace(manifest, extra={**manifest.extra, "owner": owner}))
 
     @property
@@ -227,6 +232,8 @@ class RunSpool:
     def _pen(self, rank: _Rank, arrival: Arrival) -> _Pen:
         pen = self._pens.get(rank)
         if pen is None:
+            while len(self._pens) >= PENS:
+                self._drop(min(self._pens, key=lambda one: self._pens[one].used_at))
             opened = self._opening(arrival.attempt_key, arrival.rank, arrival.resource, self._time_of(arrival))
             pen = self._pens[rank] = self._open(opened)
         return pen
@@ -256,6 +263,9 @@ class RunSpool:
         if pen is not None:
             if pen.wrote and self._terms.sync:  # others wait for the flush of what they wrote here
                 self._to_sync += pen.files.to_sync()
+            if len(self._to_sync) > PENS:
+                left, self._to_sync = self._to_sync, []
+                flush_all(left)
             with guard("close a gateway's files"):
                 pen.files.close()
 

@@ -77,7 +77,8 @@ def test_a_run_belongs_to_the_first_named_caller(tmp_path: Path) -> None:
     with started(tmp_path, memory) as intake:
         take(intake, arrival(points=[("a", 1.0, 1)]), caller=Caller("team-a"))
         with pytest.raises(Forbidden, match="belongs to token 'team-a'") as refused:
-            take(intake, arrival(points=[("a", 2.0, 2)]), arrival("run-2"), caller=Caller("team-b"))
+            take(intake, arrival("run-2"), arrival(points=[("a", 2.0, 2)]), caller=Caller("team-b"))
+        assert not (tmp_path / "run-2").exists()
         assert (refused.value.run_id, refused.value.owner) == ("run-1", "team-a")
         take(intake, arrival(points=[("a", 3.0, 3)]), caller=Caller("team-a"))
         until(lambda: len(memory.points("run-1")) == 2)
@@ -223,3 +224,12 @@ def test_the_manifest_says_that_a_run_came_over_the_wire_and_whose_it_is(tmp_pat
     body = json.loads((tmp_path / "run-1" / "gateway" / "manifest.json").read_text())
     assert (body["received"], body["owner"]) == (True, "team-a")
     assert ANYBODY.projects is None
+
+
+def test_a_run_of_very_many_instances_holds_few_files_open_and_loses_nothing(tmp_path: Path) -> None:
+    memory = Memory()
+    with started(tmp_path, memory, sync=True) as intake:
+        take(intake, *(arrival(rank=rank, points=[("a", float(rank), 1)]) for rank in range(400)))
+        assert len(intake._runs["run-1"].writers()) <= 256
+        until(lambda: len(memory.points("run-1")) == 400)
+    assert {value for _, value, _, _ in memory.points("run-1")} == {float(rank) for rank in range(400)}
