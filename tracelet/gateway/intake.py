@@ -82,6 +82,7 @@ class Intake:
         self._lock = threading.Lock()  # of `_runs` alone; each run has its own
         self._runs: dict[str, RunSpool] = {}
         self._known: set[str] = set()
+        self._making: dict[str, threading.Lock] = {}
         self._rooted = RootLock(self._root)
         self._room = Room(self._root, max_bytes)
         self._terms = Terms(
@@ -204,9 +205,18 @@ class Intake:
     def _run(self, run: RunInfo, owner: str) -> RunSpool:
         with self._lock:
             found = self._runs.get(run.run_id)
+            if found is not None:
+                return found
+            making = self._making.setdefault(run.run_id, threading.Lock())
+        with making:  # a long run's frames are read here, and nobody else shall wait for that
+            with self._lock:
+                found = self._runs.get(run.run_id)
             if found is None:
-                found = self._runs[run.run_id] = RunSpool(self._terms, run, owner)
-                self._known.add(run.run_id)
+                found = RunSpool(self._terms, run, owner)
+                with self._lock:
+                    self._runs[run.run_id] = found
+                    self._known.add(run.run_id)
+                    self._making.pop(run.run_id, None)
             return found
 
     def _check_project(self, run_id: str, project: str, caller: Caller) -> None:
