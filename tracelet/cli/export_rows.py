@@ -146,4 +146,4 @@ def _put_aside(rows: list[Row], file: IO[bytes]) -> tuple[int, int]:
 def _read(descriptor: int, start: int, end: int) -> Iterator[Row]:
     step = _READ * _ROW.size
     blocks = (os.pread(descriptor, min(step, end - at), at) for at in range(start, end, step))
-    return chain.from_iterable(_ROW.iter_unpack(block) for block in blocks)  # type: ignore[arg-type]
+    return chain.from_iterable(_ROW.iter_unpack(block) for block in blocks)
