@@ -98,14 +98,16 @@ class SeriesLoad:
     def encode(self) -> bytes:
         """One request: for each name a gauge, and a gauge `tracelet.iteration` for it."""
         constants = _constants(self.resource.attributes)
+        # By the whole load: a request of many names would be made of pieces too small to be worth numpy each.
+        fast = points_codec(len(self)) is not encode_points
         out = []
         for first, last in _groups(self.points):
             name = wire_text(self.points.names[self.points.metric_ids[first]])
             labels = constants + field(7, _key(name).SerializeToString())
             piece = self.points.slice(first, last)
             iterations = array("d", piece.iterations)
-            out.append(metric_field(self.prefix + name, _rows(piece, piece.values, labels)))
-            out.append(metric_field(semconv.ITERATION, _rows(piece, iterations, labels)))
+            out.append(metric_field(self.prefix + name, _rows(piece, piece.values, labels, fast)))
+            out.append(metric_field(semconv.ITERATION, _rows(piece, iterations, labels, fast)))
         return self.resource.request(semconv.SCOPE, b"".join(out))
 
     def halves(self) -> tuple[SeriesLoad, SeriesLoad]:
@@ -195,7 +197,7 @@ def _groups(points: PointBatch) -> Iterator[tuple[int, int]]:
         start = end
 
 
-def _rows(points: PointBatch, values: array[float], labels: bytes) -> bytes:
+def _rows(points: PointBatch, values: array[float], labels: bytes, fast: bool) -> bytes | bytearray:
     times = points.time_unix_nano
     if 0 in times:  # proto3 leaves a zero out: rows of another form
         zero = [i for i, time in enumerate(times) if time == 0]
@@ -204,14 +206,12 @@ def _rows(points: PointBatch, values: array[float], labels: bytes) -> bytes:
             for i in range(len(times))
         )
     form = Form(0, False, False, labels)
-    if points_codec(len(times)) is encode_points:
-        return bytes(encode_points.bulk(form, times, values, points.iterations))
+    if not fast:
+        return encode_points.bulk(form, times, values, points.iterations)
     import numpy as np
 
     from tracelet.otlp import encode_points_numpy
 
-    return bytes(
-        encode_points_numpy.bulk(
-            form, np.frombuffer(times, np.uint64), np.frombuffer(values, np.float64), np.zeros(0, np.uint64)
-        )
+    return encode_points_numpy.bulk(
+        form, np.frombuffer(times, np.uint64), np.frombuffer(values, np.float64), np.zeros(0, np.uint64)
     )
