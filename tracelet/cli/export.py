@@ -11,13 +11,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from tracelet import settings
-from tracelet.cli.export_openmetrics import Counts, lines, plain_row
-from tracelet.cli.export_rows import Rows
 from tracelet.cli.find import UsageError, add_dir, select
 from tracelet.cli.text import count
+
+if TYPE_CHECKING:
+    from tracelet.cli.export_openmetrics import Counts
+    from tracelet.cli.export_rows import Rows
 
 __all__ = ["EXAMPLES", "add", "run"]
 
@@ -62,6 +64,10 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argpar
 
 def run(args: argparse.Namespace) -> int:
     """Write the points; what was left out is said on standard error."""
+    # Here, since the other commands have no use for what it takes (numpy).
+    from tracelet.cli.export_openmetrics import Counts, lines
+    from tracelet.cli.export_rows import Rows
+
     resolved = settings.from_process({"dir": args.dir, "metric_prefix": args.prefix})
     entries = select(resolved.dir, args.wanted)
     rows, counts = Rows(entries), Counts()
@@ -86,6 +92,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _write_plain(rows: Rows, out: TextIO, form: str, counts: Counts) -> None:
+    from tracelet.cli.export_openmetrics import plain_row
+
     writer = csv.writer(out, lineterminator="\n")
     for row in rows:
         plain = dict(plain_row(row, rows.series))
