@@ -1,13 +1,17 @@
 """A program that trains, for tests of the whole way: `training.py RUN_ID POINTS ENDPOINT ...`, and what it becomes.
 
-Each point of a run is known beforehand, so that a test can ask for every one: value, iteration, in each backend.
+Each point of a run is known beforehand, so that a test can ask for every one: value, iteration, in each backend. With
+FOLDER instead of POINTS it goes on until a file `enough` is in that folder, and keeps the number of its iterations in
+the file RUN_ID beside it.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,14 +25,14 @@ def value_of(key: str, iteration: int) -> float:
     return 1.0 + iteration / 1024 if key == KEYS[0] else -float(iteration)
 
 
-def main(run_id: str, points: int, *endpoints: str) -> None:
-    """Log `points` points, half of them for each key, and return when the collector has acknowledged all."""
+def main(run_id: str, iterations: Iterable[int], *endpoints: str) -> None:
+    """Log a point for each key at each iteration, and return when the collector has acknowledged all."""
     import tracelet
 
     backend = [tracelet.OTLP(endpoint) for endpoint in endpoints]
     exp = tracelet.start_logging(exp_name=run_id, project=PROJECT, run_id=run_id, backend=backend)
-    exp.log_params({"points": points})
-    for iteration in range(points // len(KEYS)):
+    exp.log_params({"keys": len(KEYS)})
+    for iteration in iterations:
         for key in KEYS:
             exp.log_metric(key, value_of(key, iteration), iteration=iteration)
     delivered = exp.flush(timeout=300)
@@ -37,9 +41,22 @@ def main(run_id: str, points: int, *endpoints: str) -> None:
         raise SystemExit("not delivered within 300 s")
 
 
+def until_enough(folder: Path, run_id: str) -> Iterator[int]:
+    """Iterations, some hundreds a second, for as long as nobody has said that it is enough."""
+    progress = folder / run_id
+    for iteration in itertools.count():
+        if iteration % 50 == 0:
+            progress.with_suffix(".new").write_text(str(iteration))
+            progress.with_suffix(".new").rename(progress)
+            if (folder / "enough").exists():
+                return
+        yield iteration
+        time.sleep(0.003)
+
+
 @contextmanager
 def trainings(
-    folder: Path, run_ids: Iterable[str], points: int, *endpoints: str
+    folder: Path, run_ids: Iterable[str], points: int | Path, *endpoints: str
 ) -> Iterator[list[subprocess.Popen[str]]]:
     """Several of these programs at once, each a process with a spool of its own in `folder`; ended at the end."""
     running: list[subprocess.Popen[str]] = []
@@ -66,4 +83,6 @@ def train(folder: Path, run_ids: Iterable[str], points: int, *endpoints: str) ->
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])
+    name, much, *addresses = sys.argv[1:]
+    many = range(int(much) // len(KEYS)) if much.isdigit() else until_enough(Path(much), name)
+    main(name, many, *addresses)
