@@ -10,7 +10,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import yaml
 
+from tests.odd_labels import LABEL_NAMES
 from tests.otlp_batches import points
 from tests.sinks import until
 from tests.spooled_run import write_run
@@ -112,30 +114,50 @@ def test_beside_recent_blocks_an_old_one_is_deleted_at_load_if_the_retention_is_
         assert not left & {each.name for each in blocks.iterdir()}
 
 
-def test_an_exported_point_has_the_labels_and_the_millisecond_of_a_sent_one(tmp_path: Path) -> None:
-    start = now_ns(HOUR)
-    sender = Sender("both")
+Found = dict[tuple[tuple[str, str], ...], dict[int, float]]
+
+
+def sent_and_exported(tmp_path: Path, sender: Sender, *promoted: str) -> tuple[Found, Found]:
+    """The same points of a run on two servers: sent to one, exported to the other. `promoted`: not the shipped list."""
+    start, run_id = now_ns(HOUR), sender.run_id
     rows = [(f"m/{i % 2}", i / 8, i) for i in range(200)]
-    write_run(tmp_path / "spool", "both", sender.resource, [(start + i * 7 * MS, *row) for i, row in enumerate(rows)])
-    text = tmp_path / "both.om"
-    words = ["export", "both", "--dir", str(tmp_path / "spool"), "--format", "openmetrics", "-o", str(text)]
+    write_run(tmp_path / "spool", run_id, sender.resource, [(start + i * 7 * MS, *row) for i, row in enumerate(rows)])
+    text = tmp_path / "run.om"
+    words = ["export", run_id, "--dir", str(tmp_path / "spool"), "--format", "openmetrics", "-o", str(text)]
+    for name in promoted:
+        words += ["--promote", name]
     subprocess.run([sys.executable, "-m", "tracelet", *words], check=True, timeout=120, cwd=tmp_path)
     sent = shipped(tmp_path / "sent")
     exported = shipped(tmp_path / "exported")
+    if promoted:
+        path = sent.folder / "prometheus.yaml"
+        config = yaml.safe_load(path.read_text())
+        config["otlp"]["promote_resource_attributes"] = list(promoted)
+        path.write_text(yaml.safe_dump(config))
     promtool("tsdb", "create-blocks-from", "openmetrics", text, exported.folder / "data")
     with sent, exported:
         spec = {"url": f"{sent.otlp}/v1/metrics", "prefix": "ml.", "window_age_s": 1e6, "window_ahead_s": 60.0}
         way = PrometheusExporter(spec, {}, {})
-        run = RunInfo("both", "vision", "cnn", "name of both")
+        run = RunInfo(run_id, "vision", "cnn", f"name of {run_id}")
         opened = WriterOpened(start, "first", 1, 0, "a" * 16, start, sender.resource)
         part = Part("0" * 16, opened, (), points(rows, start=start, step=7 * MS))
         way.begin(Batch(1, run, "/nowhere", (part,))).attempt()
-        found = [
-            {
-                tuple(sorted(s.labels.items())): s.values
-                for s in server.samples('{tracelet_run_id="both",job=~".+",tracelet_metric_key!=""}')
-            }
-            for server in (sent, exported)
-        ]
-        assert found[0] == found[1]
-        assert len(found[0]) == 4
+        selector = f'{{tracelet_run_id="{run_id}",job=~".+",tracelet_metric_key!=""}}'
+        of_sent, of_exported = (
+            {tuple(sorted(s.labels.items())): s.values for s in server.samples(selector)} for server in (sent, exported)
+        )
+        return of_sent, of_exported
+
+
+def test_an_exported_point_has_the_labels_and_the_millisecond_of_a_sent_one(tmp_path: Path) -> None:
+    sent, exported = sent_and_exported(tmp_path, Sender("both"))
+    assert sent == exported
+    assert len(sent) == 4
+
+
+def test_a_promoted_attribute_of_any_name_is_the_label_that_prometheus_makes_of_it(tmp_path: Path) -> None:
+    sent, exported = sent_and_exported(tmp_path, Sender("odd", more=dict.fromkeys(LABEL_NAMES, "x")), *LABEL_NAMES)
+    assert sent == exported
+    assert len(sent) == 4
+    own = {name for name, value in next(iter(sent)) if value == "x"}
+    assert own == set(LABEL_NAMES.values())

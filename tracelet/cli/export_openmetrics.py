@@ -16,7 +16,7 @@ from tracelet.records import Scalar
 __all__ = ["Counts", "label_name", "lines", "metric_name", "seconds"]
 
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9:]+")
-_NOT_IN_LABELS = re.compile(r"[^A-Za-z0-9]+")
+_NOT_IN_LABELS = re.compile(r"[^A-Za-z0-9_]")
 _MS = 1_000_000
 
 
@@ -42,15 +42,20 @@ def metric_name(name: str) -> str:
 
 
 def label_name(name: str) -> str:
-    """An attribute's name as Prometheus translates it.
+    """An attribute's name as Prometheus translates it: each character by itself, unlike in a metric's name.
+
+    Names that would begin with one underscore get `key` before it; with two they stay, since such labels are
+    Prometheus' own and it takes them as meant.
 
     Examples:
         >>> from tracelet.cli.export_openmetrics import label_name
-        >>> label_name("tracelet.run.id")
-        'tracelet_run_id'
+        >>> label_name("tracelet.run.id"), label_name("_team")
+        ('tracelet_run_id', 'key_team')
     """
     translated = _NOT_IN_LABELS.sub("_", name)
-    return f"key_{translated}" if translated[:1].isdigit() else translated
+    if translated[:1].isdigit():
+        return f"key_{translated}"
+    return f"key{translated}" if re.match("_(?!_)", translated) else translated
 
 
 def labels_of(series: Series, promoted: Sequence[str]) -> dict[str, str]:
