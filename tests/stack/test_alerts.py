@@ -1,24 +1,48 @@
-"""The alerts: promtool's tests of each rule, and some of them firing in a real Prometheus over real data."""
+"""The alerts before promtool: each rule does what its cases say, and each has a case for both answers."""
 
 from __future__ import annotations
 
 import re
-import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from tests.sinks import HttpSink, until
-from tests.stack.collectors import CONFIG, MINUTE, Collector, Prometheus, Sender, made, now_ns, refuse, send
-from tests.stack.prometheus_server import promtool, shipped
-from tracelet.otlp.encode import MetricsLoad, resource_bytes
-from tracelet.otlp.run_metrics import heartbeat_metrics, nonfinite
-from tracelet.records import Heartbeat, RunInfo, WriterOpened
+from tests.stack.collectors import CONFIG
+from tests.stack.harness import REPOSITORY
+from tests.stack.prometheus_server import promtool
 
 FOLDER = CONFIG / "prometheus"
 RULES = yaml.safe_load((FOLDER / "rules" / "tracelet.yaml").read_text())
-ALERTS = {rule["alert"] for group in RULES["groups"] for rule in group["rules"] if "alert" in rule}
+ALERTS = {
+    rule["alert"]: " ".join(rule["expr"].split())
+    for group in RULES["groups"]
+    for rule in group["rules"]
+    if "alert" in rule
+}
+CASES = [
+    case for file in sorted((FOLDER / "tests").glob("*.yaml")) for case in yaml.safe_load(file.read_text())["tests"]
+]
+
+
+def asked(case: dict[str, Any], alert: str) -> list[dict[str, Any]]:
+    """What a case says about an alert, by time."""
+    return [each for each in case.get("alert_rule_test", ()) if each["alertname"] == alert]
+
+
+def selectors(expr: str) -> set[str]:
+    """The selectors of an expression: names of series, with their matchers where they have some.
+
+    What else looks like a name is left out: functions and operators, the labels they are told, words in quotes.
+    """
+    words = {"and", "or", "unless", "offset", "by", "on"}
+    found = re.finditer(
+        r"""\b(?:by|on)\s*\([^)]*\)  |  "[^"]*"  |  \b[a-z_]+(?=\s*\(|\s+by\b)
+            |  (?<![\w.]) (?P<selector> [a-zA-Z_:][\w:]*(?:\{[^}]*\})? | \{[^}]*\})""",
+        expr,
+        re.VERBOSE,
+    )
+    return {each["selector"] for each in found if each["selector"] and each["selector"] not in words}
 
 
 def test_the_files_are_right_and_every_rule_does_what_its_test_says() -> None:
@@ -27,84 +51,49 @@ def test_the_files_are_right_and_every_rule_does_what_its_test_says() -> None:
     assert "SUCCESS" in promtool("test", "rules", *sorted((FOLDER / "tests").glob("*.yaml")))
 
 
+def test_selectors_are_found_among_all_that_looks_like_names() -> None:
+    expr = 'sum by (job) ((a_total{x=~"(y|z)"} unless a_total offset 10m) and on (job) up or rate({k="v"}[5m])) > 1e3'
+    assert selectors(expr) == {'a_total{x=~"(y|z)"}', "a_total", "up", '{k="v"}'}
+    assert selectors('label_replace(last_over_time(b:c[1d]), "host", "$1", "d", "(.+)") == 0') == {"b:c"}
+
+
 def test_every_alert_has_a_case_in_which_it_fires() -> None:
-    fires = set()
-    for file in (FOLDER / "tests").glob("*.yaml"):
-        for case in yaml.safe_load(file.read_text())["tests"]:
-            for each in case.get("alert_rule_test", ()):
-                if each["exp_alerts"]:
-                    fires.add(each["alertname"])
-    assert fires == ALERTS
+    fires = {alert for alert in ALERTS for case in CASES for each in asked(case, alert) if each["exp_alerts"]}
+    assert fires == ALERTS.keys()
 
 
-def quick(server: Prometheus) -> None:
-    """The rules as shipped, but looked at each second and without `for`."""
-    path = server.folder / "rules" / "tracelet.yaml"
-    text = re.sub(r"\n\s+for: \w+", "", path.read_text())
-    path.write_text(text.replace("interval: 30s", "interval: 1s"))
-    config = server.folder / "prometheus.yaml"
-    config.write_text(config.read_text().replace("scrape_interval: 15s", "scrape_interval: 1s\n  scrape_timeout: 1s"))
+def test_every_alert_is_silent_in_a_case_that_has_series_for_all_of_its_expression(tmp_path: Path) -> None:
+    """Silent because nothing is wrong, and not because there is nothing to look at: promtool itself says which."""
+    for alert, expr in ALERTS.items():
+        there = " and ".join(f"count(last_over_time({each}[1h]))" for each in sorted(selectors(expr)))
+        answers = []
+        for case in CASES:
+            for each in asked(case, alert):
+                if not each["exp_alerts"]:
+                    answers.append(_holds(tmp_path, case, f"({there}) > bool 0", each["eval_time"]))
+        assert any(answers), f"{alert}: {there}"
 
 
-def firing(server: Prometheus) -> Callable[[str], list[dict[str, str]]]:
-    def labels(name: str) -> list[dict[str, str]]:
-        found = server.ask("alerts")["alerts"]
-        return [each["labels"] for each in found if each["state"] == "firing" and each["labels"]["alertname"] == name]
-
-    return labels
-
-
-def said_by(run_id: str, time_ns: int, iterated_ns: int) -> bytes:
-    """What a run's shipper says of it, as it goes to Prometheus."""
-    sender = Sender(run_id)
-    run = RunInfo(run_id, "vision", "cnn", f"name of {run_id}")
-    opened = WriterOpened(time_ns, "first", 1, 0, "a" * 16, time_ns, sender.resource)
-    beat = heartbeat_metrics(run, opened, Heartbeat(time_ns, "RUNNING", iterated_ns, {}))
-    return MetricsLoad(resource_bytes(sender.resource), tuple(beat)).encode()
-
-
-def test_runs_that_are_lost_stalled_or_no_longer_finite_fire_over_what_the_library_sends(tmp_path: Path) -> None:
-    server = shipped(tmp_path / "prometheus")
-    quick(server)
-    with server, Collector(tmp_path / "collector", prometheus=server.otlp) as collector:
-        now = now_ns()
-        bodies = [
-            said_by("lost", now - 4 * MINUTE, now - 4 * MINUTE),
-            said_by("stalled", now, now - 20 * MINUTE),
-            said_by("well", now, now),
-        ]
-        counter = nonfinite("train/loss", now, now, 3)
-        bodies.append(MetricsLoad(resource_bytes(Sender("well").resource), (counter,)).encode())
-        assert set(send(collector.http, bodies)) == {200}
-        alerts = firing(server)
-        until(lambda: len(alerts("TraceletRunLost")) == len(alerts("TraceletRunStalled")) == 1, 30)
-        until(lambda: len(alerts("TraceletLossNotFinite")) == 1, 30)
-        assert [each["tracelet_run_id"] for each in alerts("TraceletRunLost")] == ["lost"]
-        assert [each["tracelet_run_name"] for each in alerts("TraceletRunStalled")] == ["name of stalled"]
-        assert [each["tracelet_run_id"] for each in alerts("TraceletLossNotFinite")] == ["well"]
+def _holds(folder: Path, case: dict[str, Any], expr: str, at: str) -> bool:
+    """Whether `expr` is 1 at this time of a case."""
+    wanted = {"expr": expr, "eval_time": at, "exp_samples": [{"labels": "{}", "value": 1}]}
+    series = {key: value for key, value in case.items() if key in ("name", "interval", "input_series")}
+    file = {
+        "rule_files": [str(FOLDER / "rules" / "tracelet.yaml")],
+        "evaluation_interval": "30s",
+        "tests": [{**series, "promql_expr_test": [wanted]}],
+    }
+    path = folder / "one.yaml"
+    path.write_text(yaml.safe_dump(file, allow_unicode=True))
+    try:
+        promtool("test", "rules", path)
+    except AssertionError:
+        return False
+    return True
 
 
-def test_a_queue_at_80_percent_fires_and_stops_when_it_has_drained(tmp_path: Path) -> None:
-    with HttpSink() as gateway:
-        gateway.rule = lambda _: refuse()
-        collector = Collector(tmp_path / "collector", gateway=gateway.url, TRACELET_QUEUE_BYTES="400000")
-        address = collector.own_metrics.removeprefix("http://").removesuffix("/metrics")
-        server = shipped(tmp_path / "prometheus", targets=address)
-        quick(server)
-        with collector, server:
-            alerts = firing(server)
-            run, start = Sender("queued"), now_ns(MINUTE)
-            until(lambda: bool(server.now("otelcol_exporter_queue_capacity")), 30)
-            assert alerts("TraceletCollectorQueueFilling") == []
-            size, limit = 0, time.monotonic() + 60
-            while collector.waiting() < 0.85 * 400_000:
-                assert time.monotonic() < limit
-                (body,) = run.bodies(made(500, "loss", start=start + size * 1000 * 1_000_000))
-                size += 1
-                if send(collector.http, [body]) != [200]:
-                    break
-            until(lambda: len(alerts("TraceletCollectorQueueFilling")) == 1, 30)
-            (alert,) = alerts("TraceletCollectorQueueFilling")
-            assert (alert["exporter"], alert["data_type"]) == ("otlp_http/gateway", "metrics")
-            gateway.rule = None
-            until(lambda: alerts("TraceletCollectorQueueFilling") == [], 60)
+def test_every_alert_stands_on_its_page_and_is_provoked_in_a_real_prometheus() -> None:
+    page = (REPOSITORY / "docs" / "guide" / "alerts.md").read_text()
+    provoked = (Path(__file__).parent / "test_alerts_firing.py").read_text()
+    assert {name for name in ALERTS if f"| `{name}` |" not in page} == set()
+    assert {name for name in ALERTS if f'"{name}"' not in provoked} == set()
