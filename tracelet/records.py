@@ -199,6 +199,7 @@ class Heartbeat:
     state: str
     last_iteration_unix_nano: int | None
     backend_ids: Mapping[str, str]  # destination id -> the run's id there, when known
+    run_started_unix_nano: int | None = None  # its first attempt that is known on this host; None: this attempt
 
 
 # ---- points -----------------------------------------------------------------------------------------------------

@@ -90,9 +90,11 @@ def test_the_backend_and_the_collector_make_the_same_series_labels_and_samples(t
         assert {dict(labels)["__name__"] for labels in wanted} >= {
             "tracelet_iteration",
             "tracelet_metric_nonfinite_total",
+            "tracelet_run_attempt_start_time_seconds",
             "tracelet_run_heartbeat_seconds",
             "tracelet_run_info",
             "tracelet_run_last_iteration_time_seconds",
+            "tracelet_run_start_time_seconds",
             "tracelet_run_status",
         }
         assert ways[0].memory()["left_out"] == {"too_old": 2, "ahead": 2, "dense": 40}

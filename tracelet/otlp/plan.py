@@ -211,13 +211,15 @@ class _Work:
     def _ended(self, resource: ResourceBytes, opened: WriterOpened, ended: AttemptEnded) -> Iterator[Load]:
         # After the last heartbeat, which may be later than the end: the shipper goes on while it drains.
         time = max(ended.end_unix_nano, self.note["beat"] + run_metrics.MILLISECOND)
-        own = []
+        beaten, own = bool(self.note["beat"]), []
         if ended.newest:
-            own += run_metrics.status(time, ended.status)
-        elif self.note["beat"]:
+            own += run_metrics.last_words(self.run, opened, time, ended.status, first=not beaten)
+        elif beaten:
             own += run_metrics.status_ended(time)
-        if self.note["beat"]:
-            names = (semconv.RUN_HEARTBEAT, semconv.LAST_ITERATION_TIME)
+        if beaten or ended.newest:
+            names = [semconv.RUN_HEARTBEAT, semconv.RUN_START_TIME, semconv.ATTEMPT_START_TIME]
+            if beaten:
+                names.append(semconv.LAST_ITERATION_TIME)
             own += run_metrics.end_markers((name, time) for name in names)
         if own:
             yield MetricsLoad(resource, tuple(own))

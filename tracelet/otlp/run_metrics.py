@@ -19,6 +19,7 @@ __all__ = [
     "end_marker",
     "end_markers",
     "heartbeat_metrics",
+    "last_words",
     "nonfinite",
     "nonfinite_ended",
     "status",
@@ -61,13 +62,38 @@ def heartbeat_metrics(
     metrics = [
         _gauge(semconv.RUN_INFO, time, 1.0, values=info),
         *status(time, heartbeat.state),
-        _gauge(semconv.RUN_HEARTBEAT, time, time / 1e9, "s"),
+        _moment(semconv.RUN_HEARTBEAT, time, time),
+        *_starts(opened, time, heartbeat.run_started_unix_nano),
     ]
     if told is not None and (before := _info(run, opened, told)) != info:
         metrics.append(_ended(semconv.RUN_INFO, time, before))
     if heartbeat.last_iteration_unix_nano is not None:
-        metrics.append(_gauge(semconv.LAST_ITERATION_TIME, time, heartbeat.last_iteration_unix_nano / 1e9, "s"))
+        metrics.append(_moment(semconv.LAST_ITERATION_TIME, time, heartbeat.last_iteration_unix_nano))
     return metrics
+
+
+def last_words(run: RunInfo, opened: WriterOpened, time: int, state: str, *, first: bool) -> list[Metric]:
+    """The state a run ended in, with a last heartbeat: until when it lived can then be asked of one series.
+
+    `first`: nothing was said of the attempt before, since it was over when it could be sent. Then who it is goes along.
+    """
+    metrics = [*status(time, state), _moment(semconv.RUN_HEARTBEAT, time, time)]
+    if first:
+        metrics += [_gauge(semconv.RUN_INFO, time, 1.0, values=_info(run, opened, {})), *_starts(opened, time, None)]
+    return metrics
+
+
+def _moment(name: str, time: int, said: int) -> Metric:
+    return _gauge(name, time, said / 1e9, "s")
+
+
+def _starts(opened: WriterOpened, time: int, run_started: int | None) -> list[Metric]:
+    """As numbers, since a label can't be compared or subtracted: which attempt is the newest, how long a run took."""
+    attempt = opened.attempt_started_unix_nano
+    return [
+        _moment(semconv.RUN_START_TIME, time, attempt if run_started is None else run_started),
+        _moment(semconv.ATTEMPT_START_TIME, time, attempt),
+    ]
 
 
 def _info(run: RunInfo, opened: WriterOpened, backend_ids: Mapping[str, str]) -> dict[str, Scalar]:
@@ -78,6 +104,7 @@ def _info(run: RunInfo, opened: WriterOpened, backend_ids: Mapping[str, str]) ->
         semconv.RUN_ATTEMPT: opened.resource.get(semconv.RUN_ATTEMPT, opened.attempt_key),
         semconv.ATTEMPT_STARTED: opened.attempt_started_unix_nano,
         semconv.HOST_NAME: opened.resource.get(semconv.HOST_NAME, ""),
+        semconv.SERVICE_NAME: opened.resource.get(semconv.SERVICE_NAME, run.project),
         semconv.TRACE_ID: ids.trace_id(run.run_id, opened.attempt_key),
     }
     for destination, run_id in backend_ids.items():

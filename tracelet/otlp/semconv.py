@@ -17,6 +17,7 @@ SCOPE = "tracelet"  # the user's metrics, the run's spans and log events
 RUN_SCOPE = "tracelet.run"  # what tracelet itself says about a run: state, heartbeat, counters
 
 # ---- Resource ---------------------------------------------------------------------------------------------------
+SERVICE_NAME = "service.name"
 SERVICE_INSTANCE_ID = "service.instance.id"
 HOST_NAME = "host.name"
 PROJECT = "tracelet.project"
@@ -37,6 +38,8 @@ RUN_INFO = "tracelet.run.info"
 RUN_STATUS = "tracelet.run.status"
 RUN_HEARTBEAT = "tracelet.run.heartbeat"
 LAST_ITERATION_TIME = "tracelet.run.last_iteration.time"
+RUN_START_TIME = "tracelet.run.start.time"
+ATTEMPT_START_TIME = "tracelet.run.attempt.start.time"
 NONFINITE = "tracelet.metric.nonfinite"
 
 STATE = "tracelet.run.state"

@@ -354,7 +354,13 @@ class Lane:
                 str(self._site.folder),
                 (Part(writer, self._site.roster.opened[writer], (), empty_points()),),
             )
-            beat = Heartbeat(self._clock.time_ns(), RUNNING, self._latest.get(attempt.key), self._site.backend_ids())
+            beat = Heartbeat(
+                self._clock.time_ns(),
+                RUNNING,
+                self._latest.get(attempt.key),
+                self._site.backend_ids(),
+                min(each.started_unix_nano for each in self._site.manifest.attempts),
+            )
             try:
                 exporter.beat(batch, beat)
             except Exception as error:  # noqa: BLE001 - a missed heartbeat is nothing; the batches behind it are

@@ -81,7 +81,7 @@ def test_requests_stay_below_900000_bytes(sink: HttpSink) -> None:
 
 def test_a_heartbeat_carries_state_and_info(sink: HttpSink) -> None:
     made = exporter(sink.endpoint)
-    made.beat(batch(), Heartbeat(START, "RUNNING", START - 5 * 10**9, {"mlflow-12345678": "abc"}))
+    made.beat(batch(), Heartbeat(START, "RUNNING", START - 5 * 10**9, {"mlflow-12345678": "abc"}, START - 60 * 10**9))
     found = {
         (metric.name, attributes(p).get("tracelet.run.state")): p
         for _, _, metric in sink.metrics()
@@ -91,6 +91,9 @@ def test_a_heartbeat_carries_state_and_info(sink: HttpSink) -> None:
     assert found["tracelet.run.status", "RUNNING"].as_double == 1
     assert found["tracelet.run.status", "FAILED"].as_double == 0
     assert found["tracelet.run.last_iteration.time", None].as_double == START / 1e9 - 5
+    assert found["tracelet.run.start.time", None].as_double == START / 1e9 - 60
+    assert found["tracelet.run.attempt.start.time", None].as_double == START / 1e9
+    assert attributes(found["tracelet.run.info", None])["service.name"] == "vision"
     assert attributes(found["tracelet.run.info", None])["tracelet.mlflow.run_id"] == "abc"
 
 

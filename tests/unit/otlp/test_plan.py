@@ -306,7 +306,9 @@ def test_every_live_series_gets_an_end_marker_after_its_last_point_under_its_own
 
 def test_the_final_state_comes_after_the_last_heartbeat_and_only_from_the_newest_attempt() -> None:
     ledger = Ledger(beat=END + 60 * MS)
-    found = {m.name: m for _, m in metrics(plan(batch((), [ended("FAILED")]), ledger), "tracelet.run")}
+    own = [m for _, m in metrics(plan(batch((), [ended("FAILED")]), ledger), "tracelet.run")]
+    found = {m.name: m for m in own}
+    assert "tracelet.run.info" not in found  # a heartbeat has said it
     states = {attributes(p)["tracelet.run.state"]: p for p in found["tracelet.run.status"].gauge.data_points}
     assert {name: p.as_double for name, p in states.items()} == {
         "RUNNING": 0,
@@ -316,11 +318,30 @@ def test_the_final_state_comes_after_the_last_heartbeat_and_only_from_the_newest
         "LOST": 0,
     }
     assert states["FAILED"].time_unix_nano == END + 61 * MS
-    (gone,) = found["tracelet.run.heartbeat"].gauge.data_points
-    assert gone.flags == 1
+    gone = [p for m in own if m.name == "tracelet.run.heartbeat" for p in m.gauge.data_points]
+    assert [(p.time_unix_nano, p.as_double, p.flags) for p in gone] == [
+        (END + 61 * MS, (END + 61 * MS) / 1e9, 0),
+        (END + 62 * MS, 0, 1),
+    ]
     older = plan(batch((), [ended("FAILED", newest=False)]), ledger)
     final = [p for _, m in metrics(older, "tracelet.run") for p in m.gauge.data_points if not p.flags]
     assert not final
+
+
+def test_an_attempt_that_was_over_before_its_first_heartbeat_says_at_its_end_who_it_is_and_when_it_began() -> None:
+    own = [m for _, m in metrics(plan(batch((), [ended("KILLED")]), Ledger()), "tracelet.run")]
+    said = {m.name: p for m in own for p in m.gauge.data_points if not p.flags}
+    assert {name: p.as_double for name, p in said.items() if name.endswith(".time")} == {
+        "tracelet.run.start.time": START / 1e9,
+        "tracelet.run.attempt.start.time": START / 1e9,
+    }
+    assert attributes(said["tracelet.run.info"])["tracelet.run.attempt.start"] == START
+    assert {p.time_unix_nano for p in said.values()} == {END}
+    gone = {m.name: p.time_unix_nano for m in own for p in m.gauge.data_points if p.flags}
+    ends = ("tracelet.run.heartbeat", "tracelet.run.start.time", "tracelet.run.attempt.start.time")
+    assert gone == dict.fromkeys(ends, END + MS)
+    older = plan(batch((), [ended("KILLED", newest=False)]), Ledger())
+    assert not [m for _, m in metrics(older, "tracelet.run")]
 
 
 def test_the_state_of_an_older_attempt_ends_without_a_word() -> None:

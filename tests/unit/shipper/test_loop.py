@@ -255,6 +255,20 @@ def test_a_live_attempt_beats_at_the_start_and_every_thirty_seconds(bench: Bench
     assert len(exporter.store.beats) == 2
 
 
+def test_a_heartbeat_says_when_the_run_began_that_was_taken_up_again(bench: Bench) -> None:
+    exporter = InMemoryExporter()
+    lane = bench.lane(exporter)
+    end(bench.writer)
+    bench.settle(lane)
+    bench.clock.advance(3600.0)
+    second = add_attempt(bench.folder, "a", started=bench.attempt.started_unix_nano + 3600 * 10**9)
+    open_writer(bench.folder, second).log("loss", 1.0, 0)
+    bench.settle(lane)
+    batch, beat = exporter.store.beats[-1]
+    assert batch.parts[0].opened.attempt_key == second.key
+    assert beat.run_started_unix_nano == bench.attempt.started_unix_nano
+
+
 def test_a_heartbeat_that_fails_holds_up_nothing(bench: Bench) -> None:
     class Beatless(InMemoryExporter):
         def beat(self, batch: object, heartbeat: object) -> None:
