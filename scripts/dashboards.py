@@ -10,7 +10,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -29,16 +29,19 @@ COLORS = {"RUNNING": "blue", "FINISHED": "green", "FAILED": "red", "KILLED": "or
 
 RUN = 'tracelet_run_id=~"$run"'
 BY_RUN = "by (tracelet_run_id)"
-BY_ATTEMPT = "by (tracelet_run_id, tracelet_run_attempt)"
-ON_ATTEMPT = "on (tracelet_run_id, tracelet_run_attempt)"
-SERIES = "tracelet_run_id, tracelet_run_name, tracelet_rank, tracelet_run_attempt"
-LEGEND = "{{tracelet_run_name}} {{tracelet_run_id}}"
-EVENTS = '{service_name=~".+"}'  # Loki wants a label of the stream; all that tells runs apart comes after it
+ATTEMPT = "tracelet_run_id, tracelet_run_attempt"
+SERIES = f"{ATTEMPT}, tracelet_rank, tracelet_run_name"
+LEGEND = "{{line}}"
+# What Loki keeps apart as streams; without it each query reads all that the range has of any service. All that tells
+# runs apart comes after it.
+EVENTS = '{service_name=~"$service"}'
 
 
 # What was logged, whatever its prefix: not the companion series, nor alerts, nor what tracelet says of a metric.
 LOGGED = '__name__!~"(tracelet|ALERTS).*"'
 CHOSEN = 'tracelet_metric_key=~"$key"'  # where several may be chosen: Grafana escapes what a pattern would misread
+SHOWN = 'tracelet_metric_key=~"$shown"'
+MOST_PANELS = 24
 ONE_CHOSEN = 'tracelet_metric_key="$key"'
 
 
@@ -52,16 +55,28 @@ def lately(series: str) -> str:
     return f"last_over_time({series}[$__interval])"
 
 
-def newest(which: str = RUN) -> str:
-    """The newest attempt of each run: the one that gave the last sign of life."""
-    alive = f"last_over_time(tracelet_run_heartbeat_seconds{{{which}}}[$__range])"
-    return f"topk {BY_RUN} (1, max {BY_ATTEMPT} ({alive}))"
+def latest(series: str, which: str = RUN, each: str = "tracelet_run_id") -> str:
+    """The last word in the range of each run (or `each`): its newest attempt's, and of that its lowest rank's.
+
+    An attempt or a rank that has said nothing of it is passed over: what is resumed keeps its last validation until the
+    next one. With `max` in its place the best attempt, the worst rank, and two states at once would be the last.
+    """
+    said = f"last_over_time({series}[$__range])"
+    attempt = f"{each}, tracelet_run_attempt"
+    began = f"max by ({ATTEMPT}) (last_over_time(tracelet_run_attempt_start_time_seconds{{{which}}}[$__range]))"
+    newest = f"topk by ({each}) (1, group by ({attempt}) ({said}) * on ({ATTEMPT}) group_left () {began})"
+    # PromQL compares values and not labels (as texts 10 would come before 2). The one label that it takes for a number
+    # is a histogram's `le`: of buckets that all hold the same one observation, the quantile 1 is the lowest bound.
+    ranks = f'group by ({attempt}, le) (label_replace({said}, "le", "$1", "tracelet_rank", "(.+)"))'
+    above = f'label_replace(group by ({attempt}) ({said}), "le", "+Inf", "", "")'
+    lowest = f'count_values by ({attempt}) ("tracelet_rank", histogram_quantile(1, {ranks} or {above}))'
+    return f"({said} and on ({attempt}) {newest} and on ({attempt}, tracelet_rank) {lowest})"
 
 
 def in_state(state: str, which: str = RUN) -> str:
     """Newest attempts whose last word is this state."""
-    told = f'last_over_time(tracelet_run_status{{tracelet_run_state="{state}",{which}}}[$__range])'
-    return f"(max {BY_ATTEMPT} ({told}) == 1) and {ON_ATTEMPT} ({newest(which)})"
+    told = latest(f'tracelet_run_status{{tracelet_run_state="{state}",{which}}}', which)
+    return f"max by ({ATTEMPT}) ({told}) == 1"
 
 
 def of_project(expression: str) -> str:
@@ -72,18 +87,40 @@ def of_project(expression: str) -> str:
 
 def age(series: str) -> str:
     """Seconds since what a series says as a time."""
-    return f"(time() - max {BY_ATTEMPT} (last_over_time({series}[$__range])))"
+    return f"(time() - max by ({ATTEMPT}) (last_over_time({series}[$__range])))"
 
 
 def last_sign() -> str:
-    """When a run was last heard of in the range, in seconds."""
-    told = f'tracelet_run_status{{tracelet_run_state="RUNNING",{RUN}}}'
-    return f"max {BY_RUN} (max_over_time(timestamp({told})[$__range:30s]) or timestamp({told}))"
+    """When a run was last heard of in the range, in seconds: its end has a heartbeat too."""
+    return f"max {BY_RUN} (max_over_time(tracelet_run_heartbeat_seconds{{{RUN}}}[$__range]))"
 
 
-def first_sign() -> str:
-    """When a run's first heartbeat in the range was, in seconds."""
-    return f"min {BY_RUN} (min_over_time(tracelet_run_heartbeat_seconds{{{RUN}}}[$__range]))"
+def start() -> str:
+    """When a run began, in seconds, also where that was before the range."""
+    return f"min {BY_RUN} (min_over_time(tracelet_run_start_time_seconds{{{RUN}}}[$__range]))"
+
+
+def of_run(expression: str) -> str:
+    """With the label `id`, the run's id in short; one that a person gave stays whole, since such ones begin alike."""
+    return f'label_replace({expression}, "id", " $1$2", "tracelet_run_id", "([0-9a-f]{{8}})[0-9a-f]{{24}}|(.+)")'
+
+
+def lines(expression: str, shown: str, more: str = "") -> str:
+    """What a chart draws, a line for each run, attempt and rank (and `more`), named by the label `line`.
+
+    The name has what tells lines apart: a rank that is not 0, and of a run with several attempts among the `shown`
+    series which one it is. Without them a resumed run would be one line that goes back and forth.
+    """
+    each = f"{SERIES}, {more}" if more else SERIES
+    run = of_run(f"max by ({each}) ({expression})")
+    rank = f'label_replace({run}, "rank", " rank $1", "tracelet_rank", "([1-9].*)")'
+    short = "([0-9a-f]{4})[0-9a-f]{12}|(.+)"
+    attempt = f'label_replace({rank}, "attempt", " attempt $1$2", "tracelet_run_attempt", "{short}")'
+    # `@ end()`: asked once, and not at each step of the chart.
+    attempts = f"group by ({ATTEMPT}) (last_over_time({shown}[$__range] @ end()))"
+    named = f"{attempt} and on (tracelet_run_id) (count {BY_RUN} ({attempts}) > 1) or on ({each}) {rank}"
+    joined = f'label_join({named}, "line", "", "tracelet_run_name", "id", "rank", "attempt")'
+    return f"max by ({f'line, {more}' if more else 'line'}) ({joined})"
 
 
 def column(name: str, expression: str) -> str:
@@ -92,14 +129,19 @@ def column(name: str, expression: str) -> str:
 
 
 def columns_by_key(expression: str) -> str:
-    """A column for each metric, named as it was logged."""
-    named = f'label_replace({expression}, "column", "$1", "tracelet_metric_key", "(.+)")'
+    """A column for each metric, named as it was logged, after a word that lets it through among the fields."""
+    named = f'label_replace({expression}, "column", "{METRIC}$1", "tracelet_metric_key", "(.+)")'
     return f"max by (tracelet_run_id, column) ({named})"
 
 
 def params() -> str:
-    """Params stand in Loki's events, as labels of one series a run; they are never in Prometheus."""
-    found = f'{EVENTS} | tracelet_event="tracelet.params" | {RUN}'
+    """Params stand in Loki's events, as labels of one series a run; they are never in Prometheus.
+
+    What else an event carries is dropped where its name is known, so that an attempt or a host makes no series of its
+    own. LogQL can keep no labels by a pattern: what platforms add (k8s, clouds, teams) is left to the table's filter.
+    """
+    dropped = ", ".join(_OF_EVENTS)
+    found = f'{EVENTS} | tracelet_event="tracelet.params" | {RUN} | drop {dropped}'
     return f'label_replace(count_over_time({found} [$__range]), "column", "drop", "", "")'
 
 
@@ -190,12 +232,12 @@ def curves(title: str, description: str, targets: list[Json], unit: str = "short
 
 
 def by_iteration(title: str, description: str, key: str, **more: Any) -> Json:
-    """A metric over its iteration: value and iteration on one grid of times, made pairs by `merge`, a line a run.
+    """A metric over its iteration: value and iteration on one grid of times, made pairs by `merge`.
 
     Both series have the same timestamps, so at each step of the grid both are of the same logged point.
     """
-    value = f"max by ({SERIES}) ({lately(value_of(key))})"
-    iteration = f"max by ({SERIES}) ({lately(f'tracelet_iteration{{{key},{RUN}}}')})"
+    value = lines(lately(value_of(key)), value_of(key))
+    iteration = lines(lately(f"tracelet_iteration{{{key},{RUN}}}"), value_of(key))
     made = panel(
         "xychart",
         title,
@@ -222,7 +264,7 @@ def by_iteration(title: str, description: str, key: str, **more: Any) -> Json:
         {
             "id": "organize",
             "options": {
-                "excludeByName": {"Time": True, "tracelet_rank": True, "tracelet_run_attempt": True},
+                "excludeByName": {"Time": True},
                 "renameByName": {"Value #A": "value", "Value #B": "iteration"},
                 "indexByName": {"Value #B": 0, "Value #A": 1},
             },
@@ -230,7 +272,7 @@ def by_iteration(title: str, description: str, key: str, **more: Any) -> Json:
         {
             "id": "partitionByValues",
             "options": {
-                "fields": ["tracelet_run_name", "tracelet_run_id"],
+                "fields": ["line"],  # of a run, an attempt and a rank
                 "keepFields": False,
                 "naming": {"asLabels": False},
             },
@@ -252,9 +294,9 @@ def table(title: str, description: str, targets: list[Json], names: dict[str, st
     made["transformations"] = [
         {"id": "labelsToFields", "options": {"mode": "columns", "valueLabel": "column"}},
         # Of an event's labels only its params: all else in it would make rows that can't be merged.
-        {"id": "filterFieldsByName", "options": {"include": {"pattern": KEPT}}},
+        {"id": "filterFieldsByName", "options": {"include": {"pattern": kept(names)}}},
         {"id": "merge", "options": {}},
-        {"id": "renameByRegex", "options": {"regex": "tracelet_param_(.*)", "renamePattern": "$1"}},
+        {"id": "renameByRegex", "options": {"regex": f"(?:{PARAM}|{METRIC})(.*)", "renamePattern": "$1"}},
         {
             "id": "organize",
             "options": {
@@ -267,12 +309,31 @@ def table(title: str, description: str, targets: list[Json], names: dict[str, st
     return made
 
 
-# Fields of the tables: not the time of the query, and nothing of Loki's records but params.
-_DROPPED = (
-    "Time$|drop$|detected_level|flags$|host_arch|observed_timestamp|scope_|service_|severity_|span_id|telemetry_|"
-    "trace_id$|tracelet_digest|tracelet_event|tracelet_rank|tracelet_run_attempt$|tracelet_wire|tracelet_chunk"
+# What columns of unknown names begin with, so that a list of what may pass can be written: a list of what may not would
+# let through each attribute that somebody's platform adds to its Resources.
+PARAM, METRIC = "tracelet_param_", "metric "
+# What an event says that Prometheus says too (and both would have to be equal on one row), or that is never shown.
+_OF_EVENTS = (
+    "tracelet_run_name",
+    "tracelet_project",
+    "tracelet_experiment_name",
+    "tracelet_run_attempt",
+    "tracelet_rank",
+    "tracelet_wire_version",
+    "tracelet_event_part",
+    "tracelet_event_parts",
+    "host_name",
+    "service_instance_id",
+    "telemetry_sdk_version",
+    "trace_id",
+    "span_id",
+    "observed_timestamp",
 )
-KEPT = f"^(?!{_DROPPED}).*$"
+
+
+def kept(names: Iterable[str]) -> str:
+    """Fields of a table: those it names, params, metrics. Not the time of the query, nothing else of Loki's records."""
+    return f"^({'|'.join(names)}|{PARAM}.*|{METRIC}.*)$"
 
 
 def logs(title: str, description: str, expression: str) -> Json:
@@ -357,8 +418,22 @@ def sources(*kinds: str) -> list[Json]:
     ]
 
 
-def choice(name: str, label: str, query: str, *, regex: str = "", multi: bool = True, all_value: str = "") -> Json:
-    """A variable that Prometheus fills, again whenever the range changes."""
+def choice(
+    name: str,
+    label: str,
+    query: str,
+    *,
+    regex: str = "",
+    multi: bool = True,
+    everything: bool = True,
+    all_value: str = "",
+    ordered: bool = False,
+    hidden: bool = False,
+) -> Json:
+    """A variable that Prometheus fills, again whenever the range changes.
+
+    `everything`: starts on all of it; else on the first. `ordered`: the query's order stays.
+    """
     made: Json = {
         "type": "query",
         "name": name,
@@ -367,14 +442,14 @@ def choice(name: str, label: str, query: str, *, regex: str = "", multi: bool = 
         "query": {"query": query, "refId": "StandardVariableQuery"},
         "regex": regex,
         "refresh": 2,
-        "sort": 1,
+        "sort": 0 if ordered else 1,
         "multi": multi,
-        "includeAll": multi,
+        "includeAll": multi and everything,
         "options": [],
-        "hide": 0,
+        "hide": 2 if hidden else 0,
         "skipUrlSync": False,
     }
-    if multi:
+    if made["includeAll"]:
         made["current"] = {"text": ["All"], "value": ["$__all"]}
     return made | ({"allValue": all_value} if all_value else {})
 
@@ -384,14 +459,21 @@ def project() -> Json:
     return choice("project", "Project", "label_values(tracelet_run_info, tracelet_project)", all_value=".+")
 
 
-def runs(*, multi: bool = True) -> list[Json]:
-    """Project, experiment, and runs: chosen by name and the beginning of the id, used as ids.
+def service(which: str) -> Json:
+    """The services of the runs that were chosen, for Loki. Not chosen by anybody, hence hidden."""
+    return choice("service", "Service", f"label_values(tracelet_run_info{{{which}}}, service_name)", hidden=True)
+
+
+def runs(*, everything: bool = True) -> list[Json]:
+    """Project, experiment, and runs: chosen by name and the beginning of the id, used as ids; the newest come first.
 
     "All" of runs means those listed, so it holds to the projects and experiments that were chosen.
     """
     info = 'tracelet_run_info{tracelet_project=~"$project",tracelet_experiment_name=~"$experiment"}'
     short = f'label_replace(last_over_time({info}[$__range]), "short", "$1", "tracelet_run_id", "(.{{1,8}}).*")'
     label = f'label_join({short}, "label", " ", "tracelet_run_name", "short")'
+    began = 'last_over_time(tracelet_run_attempt_start_time_seconds{tracelet_run_id!=""}[$__range])'
+    by_start = f"* on (tracelet_run_id) group_left () max {BY_RUN} ({began})"
     of_projects = 'label_values(tracelet_run_info{tracelet_project=~"$project"}, tracelet_experiment_name)'
     return [
         project(),
@@ -399,17 +481,26 @@ def runs(*, multi: bool = True) -> list[Json]:
         choice(
             "run",
             "Run",
-            f"query_result(max by (tracelet_run_id, label) ({label}))",
+            f"query_result(sort_desc(max by (tracelet_run_id, label) ({label}) {by_start}))",
             regex='/tracelet_run_id="(?<value>[^"]+)|label="(?<text>[^"]+)/g',
-            multi=multi,
+            everything=everything,
+            ordered=True,
         ),
+        service(RUN),
     ]
 
 
 def key(*, multi: bool = True) -> Json:
     """Metrics by the names they were logged with."""
     query = f'label_values({{{LOGGED},tracelet_metric_key!="",{RUN}}}, tracelet_metric_key)'
-    return choice("key", "Metric", query, multi=multi)
+    return choice("key", "Metric", query, multi=multi, all_value=".+" if multi else "")
+
+
+def shown() -> Json:
+    """Of the metrics chosen those with the most points, so many as a page can draw: some runs log thousands."""
+    points = f"sum by (tracelet_metric_key) (count_over_time({value_of()}[$__range]))"
+    query = f"query_result(topk({MOST_PANELS}, {points}))"
+    return choice("shown", "Drawn", query, regex='/tracelet_metric_key="(?<value>[^"]+)"/', hidden=True)
 
 
 def fixed(name: str, label: str, text: str) -> Json:
@@ -496,7 +587,8 @@ LOGS_OF_RUN = explore(
     {
         "refId": "A",
         "datasource": {"type": "loki", "uid": "${loki}"},
-        "expr": f'{EVENTS} | tracelet_run_id="${{__value.raw}}"',
+        # Of any service: a list of chosen ones within JSON within an address would need three ways of escaping at once.
+        "expr": '{service_name=~".+"} | tracelet_run_id="${__value.raw}"',
     },
 )
 TRACE = explore(
@@ -530,19 +622,16 @@ def runs_table(more: list[Json], first: list[str]) -> Json:
     """The table of runs; `more` queries are columns of their own, shown after those in `first`."""
     info = (
         "max by (tracelet_run_id, tracelet_run_name, tracelet_project, tracelet_experiment_name, host_name, "
-        "tracelet_run_trace_id, tracelet_mlflow_run_id) (last_over_time(tracelet_run_info"
-        f"{{{RUN}}}[$__range]) and {ON_ATTEMPT} ({newest()}))"
+        f"tracelet_run_trace_id, tracelet_mlflow_run_id) ({latest(f'tracelet_run_info{{{RUN}}}')})"
     )
-    said = f"last_over_time(tracelet_run_status{{{RUN}}}[$__range])"
-    told = f"max by (tracelet_run_id, tracelet_run_attempt, tracelet_run_state) ({said})"
-    state = f"max by (tracelet_run_id, tracelet_run_state) (({told} == 1) and {ON_ATTEMPT} ({newest()}))"
+    state = f"max by (tracelet_run_id, tracelet_run_state) ({latest(f'tracelet_run_status{{{RUN}}}')} == 1)"
     targets = [
         at_end(column("drop", info)),
         at_end(column("drop", state)),
-        at_end(column("Started", f"floor(1000 * {first_sign()})")),
+        at_end(column("Started", f"floor(1000 * {start()})")),
         at_end(column("Last seen", f"ceil(1000 * {last_sign()})")),
-        at_end(column("Duration", f"{last_sign()} - {first_sign()}")),
-        at_end(column("Iteration", f"max {BY_RUN} (last_over_time(tracelet_iteration{{{RUN}}}[$__range]))")),
+        at_end(column("Duration", f"{last_sign()} - {start()}")),
+        at_end(column("Iteration", f"max {BY_RUN} ({latest(f'tracelet_iteration{{{RUN}}}')})")),
         *more,
         events(params(), "instant"),
     ]
@@ -563,7 +652,7 @@ def runs_table(more: list[Json], first: list[str]) -> Json:
     }
     made = table(
         "Runs",
-        "Each run of the range: its newest attempt's status, its last values, its params (from Loki).",
+        "Each run of the range: status, host and last values of its newest attempt's lowest rank, params (from Loki).",
         targets,
         names,
     )
@@ -583,7 +672,7 @@ def runs_table(more: list[Json], first: list[str]) -> Json:
 def runs_dashboard() -> Json:
     """What ran, and what came of it."""
     page = Page()
-    last = columns_by_key(f"max by (tracelet_run_id, tracelet_metric_key) (last_over_time({value_of()}[$__range]))")
+    last = columns_by_key(latest(value_of(), each="tracelet_run_id, tracelet_metric_key"))
     page.add(runs_table([at_end(last)], []), 24, 11)
     page.add(
         logs("Ends", "How runs ended.", f'{EVENTS} | tracelet_event="tracelet.run.ended" | {RUN}'),
@@ -599,10 +688,10 @@ def run_dashboard() -> Json:
     page = Page()
     page.add(
         by_iteration(
-            "$key by iteration",
-            "The metric over the iteration it was logged with.",
-            CHOSEN,
-            repeat="key",
+            "$shown by iteration",
+            f"Over the iteration it was logged with; of the metrics chosen the {MOST_PANELS} with the most points.",
+            SHOWN,
+            repeat="shown",
             repeatDirection="h",
             maxPerRow=3,
         ),
@@ -612,10 +701,10 @@ def run_dashboard() -> Json:
     page.add(
         curves(
             "Metrics by time",
-            "The metrics chosen above, when they were logged.",
+            "The metrics above, when they were logged.",
             [
                 over_time(
-                    f"max by ({SERIES}, tracelet_metric_key) ({lately(value_of())})",
+                    lines(lately(value_of(SHOWN)), value_of(SHOWN), "tracelet_metric_key"),
                     "{{tracelet_metric_key}} " + LEGEND,
                 )
             ],
@@ -626,11 +715,15 @@ def run_dashboard() -> Json:
     )
     for title, description, expression, legend in hosts():
         page.add(curves(title, description, [over_time(expression, legend)], "percentunit"), 12, 7)
+    iterations, lives = f"tracelet_iteration{{{RUN}}}", f"tracelet_run_heartbeat_seconds{{{RUN}}}"
+    # A metric logged less than twice a minute has no slope but a long one, which must not outlive the run.
+    slowly = f"deriv({iterations}[1h]) and on ({ATTEMPT}) {lives}"
+    speed = f"deriv({iterations}[$__rate_interval]) or ({slowly})"
     page.add(
         curves(
             "Iterations a second",
             "How fast the run gets on, by the metric that counts fastest.",
-            [over_time(f"max by ({SERIES}) (deriv(tracelet_iteration{{{RUN}}}[1m]))", LEGEND)],
+            [over_time(lines(speed, iterations), LEGEND)],
             interval="5s",
         ),
         12,
@@ -638,16 +731,18 @@ def run_dashboard() -> Json:
     )
     page.add(logs("Logs", "All that the run said, newest first.", f"{EVENTS} | {RUN}"), 12, 7)
     every = f'{{{LOGGED},tracelet_metric_key=~"(.+[/._])?epoch",{RUN}}}'
-    by_run = "max by (tracelet_run_id, tracelet_run_name)"
-    now = f"floor({by_run} ({lately(every)}))"
-    before = f"floor({by_run} (last_over_time({every}[1d] offset $__interval)))"
+    by_attempt = f"max by ({ATTEMPT}, tracelet_run_name)"  # a resumed run may count again from an earlier epoch
+    now = f"floor({by_attempt} ({lately(every)}))"
+    before = f"floor({by_attempt} (last_over_time({every}[1d] offset $__interval)))"
+    # Grafana marks only values above zero, and there is an epoch 0: a group's value is 1.
+    began = f"group by (tracelet_run_id, tracelet_run_name) ({now} unless {now} == {before})"
     marks = [
         annotation(
             "Epochs",
             "blue",
             PROMETHEUS,
             {
-                "expr": f"{now} unless {now} == {before}",
+                "expr": began,
                 "step": "1s",
                 "titleFormat": "epoch",
                 "textFormat": "{{tracelet_run_name}}",
@@ -660,14 +755,23 @@ def run_dashboard() -> Json:
             {"expr": f'{EVENTS} | tracelet_event=~"tracelet.run.(started|ended)" | {RUN}', "titleFormat": "run"},
         ),
     ]
-    variables = [*sources("prometheus", "loki"), *runs(), key()]
+    # It begins with the newest run: all runs by all their metrics would be thousands of panels.
+    variables = [*sources("prometheus", "loki"), *runs(everything=False), key(), shown()]
     described = "One run: metrics, its hosts, epochs, logs."
     return dashboard("run", described, page, variables=variables, annotations=marks)
+
+
+def of_gpus(convention: str, dcgm: str) -> str:
+    """A GPU's value by the semantic conventions, and for hosts without it by the names of NVIDIA's DCGM exporter."""
+    host = f'label_replace({dcgm}, "host_name", "$1", "Hostname", "(.+)")'
+    gpu = f'label_replace({host}, "hw_id", "GPU $1", "gpu", "(.+)")'
+    return f"avg by (host_name, hw_id) ({convention}) or on (host_name) avg by (host_name, hw_id) ({gpu})"
 
 
 def hosts() -> list[tuple[str, str, str, str]]:
     """CPU and GPU of the hosts of a run while it runs, by the names of the semantic conventions."""
     here = f"and on (host_name) tracelet_run_info{{{RUN}}}"
+    frame_buffer = "DCGM_FI_DEV_FB_USED / (DCGM_FI_DEV_FB_USED + DCGM_FI_DEV_FB_FREE)"
     # `state` is what the collector's host_metrics receiver still says for cpu.mode and system.memory.state.
     idle = 'system_cpu_utilization_ratio{cpu_mode="idle"} or system_cpu_utilization_ratio{state="idle"}'
     used = (
@@ -676,14 +780,14 @@ def hosts() -> list[tuple[str, str, str, str]]:
     return [
         (
             "GPU",
-            "Time the GPUs were busy (hw.gpu.utilization).",
-            f"avg by (host_name, hw_id) (hw_gpu_utilization_ratio) {here}",
+            "Time the GPUs were busy (hw.gpu.utilization, or NVIDIA's DCGM exporter).",
+            f"({of_gpus('hw_gpu_utilization_ratio', 'DCGM_FI_DEV_GPU_UTIL / 100')}) {here}",
             "{{host_name}} {{hw_id}}",
         ),
         (
             "GPU memory",
-            "Memory of the GPUs in use (hw.gpu.memory.utilization).",
-            f"avg by (host_name, hw_id) (hw_gpu_memory_utilization_ratio) {here}",
+            "Memory of the GPUs in use (hw.gpu.memory.utilization, or NVIDIA's DCGM exporter).",
+            f"({of_gpus('hw_gpu_memory_utilization_ratio', frame_buffer)}) {here}",
             "{{host_name}} {{hw_id}}",
         ),
         (
@@ -704,19 +808,20 @@ def hosts() -> list[tuple[str, str, str, str]]:
 def compare_dashboard() -> Json:
     """Many runs over one metric."""
     page = Page()
-    page.add(by_iteration("$key by iteration", "One line a run.", ONE_CHOSEN), 12, 11)
+    one = value_of(ONE_CHOSEN)
+    page.add(by_iteration("$key by iteration", "One line a run, rank and attempt.", ONE_CHOSEN), 12, 11)
     page.add(
         curves(
             "$key by time",
             "One line a run, rank and attempt.",
-            [over_time(f"max by ({SERIES}) ({lately(value_of(ONE_CHOSEN))})", LEGEND)],
+            [over_time(lines(lately(one), one), LEGEND)],
             interval="1s",
         ),
         12,
         11,
     )
-    best = f"${{best}} {BY_RUN} (${{best}}_over_time({value_of(ONE_CHOSEN)}[$__range]))"
-    last = f"max {BY_RUN} (last_over_time({value_of(ONE_CHOSEN)}[$__range]))"
+    best = f"${{best}} {BY_RUN} (${{best}}_over_time({one}[$__range]))"  # of all attempts and ranks
+    last = f"max {BY_RUN} ({latest(one)})"
     page.add(runs_table([at_end(column("Best", best)), at_end(column("Last", last))], ["Best", "Last"]), 24, 9)
     variables = [
         *sources("prometheus", "loki", "tempo"),
@@ -735,14 +840,14 @@ def fleet_dashboard() -> Json:
     running = in_state("RUNNING", every)
     heard = age(f"tracelet_run_heartbeat_seconds{{{every}}}")
     moved = age(f"tracelet_run_last_iteration_time_seconds{{{every}}}")
-    alive = f"({running}) and {ON_ATTEMPT} ({heard} < 300)"
+    alive = f"({running}) and on ({ATTEMPT}) ({heard} < 300)"
     for title, description, expression in (
         ("Running", "A heartbeat in the last 5 minutes.", alive),
-        ("Stalled", "Alive, and no metric for 10 minutes.", f"{alive} and {ON_ATTEMPT} ({moved} > 600)"),
+        ("Stalled", "Alive, and no metric for 10 minutes.", f"{alive} and on ({ATTEMPT}) ({moved} > 600)"),
         (
             "Silent",
             "Running when last heard of, 5 minutes ago or more.",
-            f"({running}) and {ON_ATTEMPT} ({heard} >= 300)",
+            f"({running}) and on ({ATTEMPT}) ({heard} >= 300)",
         ),
         ("Failed", "Ended by an error.", in_state("FAILED", every)),
         ("Killed", "Ended by a signal or without a word.", in_state("KILLED", every)),
@@ -750,21 +855,28 @@ def fleet_dashboard() -> Json:
     ):
         color = {"Stalled": "yellow", "Silent": COLORS["LOST"]}.get(title) or COLORS[title.upper()]
         page.add(number(title, description, f"count({of_project(expression)}) or vector(0)", color), 4, 4)
-    stored = f'count_over_time({{{LOGGED},tracelet_metric_key!=""}}[1m])'
+    # Each point once, however long a step is: all between a step and the one before it.
+    stored = f'count_over_time({{{LOGGED},tracelet_metric_key!=""}}[$__interval])'
+    rate = of_run(f"sum by (tracelet_run_id, tracelet_run_name) ({stored}) / ($__interval_ms / 1000)")
+    of_projects = 'last_over_time(tracelet_run_info{tracelet_project=~"$project"}[$__range] @ end())'
+    named = f'label_join({rate}, "line", "", "tracelet_run_name", "id")'
     page.add(
         curves(
             "Points a second",
             "Points of each run as Prometheus has them, by their own time.",
-            [over_time(f"sum by (tracelet_run_id, tracelet_run_name) ({stored}) / 60", LEGEND)],
+            [over_time(f"{named} and on (tracelet_run_id) {of_projects}", LEGEND)],
             "cps",
+            interval="30s",
         ),
         12,
         8,
     )
     for title, description, unit, targets in pipeline():
         page.add(curves(title, description, targets, unit), 12, 8)
-    page.add(logs("Ends", "How runs ended, of all projects.", f'{EVENTS} | tracelet_event="tracelet.run.ended"'), 12, 8)
-    variables = [*sources("prometheus", "loki"), project()]
+    in_projects = 'tracelet_project=~"$project"'
+    ended = f'{EVENTS} | tracelet_event="tracelet.run.ended" | {in_projects}'
+    page.add(logs("Ends", "How runs ended.", ended), 12, 8)
+    variables = [*sources("prometheus", "loki"), project(), service(in_projects)]
     return dashboard("fleet", "All runs, and the way their data takes.", page, variables=variables)
 
 

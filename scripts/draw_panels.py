@@ -80,8 +80,10 @@ def draw(dashboard: Json, values: Values, servers: Servers, over: Range, path: P
         box.set_yticks([])
         for side in box.spines.values():
             side.set_color(EDGE)
-        keys = own.chosen.get("key", "")
-        title = panel["title"].replace("$key", keys if isinstance(keys, str) else " + ".join(keys))
+        title = panel["title"]
+        for name in ("key", "shown"):
+            value = own.chosen.get(name, "")
+            title = title.replace(f"${name}", value if isinstance(value, str) else " + ".join(value))
         inch_high, inch_wide = tall * height, width * WIDTH
         box.text(
             0.1 / inch_wide, 1 - 0.1 / inch_high, title, color=TEXT, fontsize=10, va="top", transform=box.transAxes
@@ -121,7 +123,9 @@ def marks_of(dashboard: Json, values: Values, servers: Servers, over: Range) -> 
         query = panel_queries.substituted(annotation["expr"], values, over, step)
         for series in servers.ask(annotation, query, over, step):
             scale = 1e9 if "stream" in series else 1.0
-            marks += [(float(at) / scale, NAMED[annotation["iconColor"]]) for at, _ in series["values"]]
+            # Of Prometheus' values Grafana marks those above zero.
+            shown = [at for at, value in series["values"] if "stream" in series or float(value) > 0]
+            marks += [(float(at) / scale, NAMED[annotation["iconColor"]]) for at in shown]
     return marks
 
 
@@ -209,7 +213,7 @@ def paint_time(box: Axes, panel: Json, found: Found, marks: Marks) -> None:
 
 def paint_xy(box: Axes, panel: Json, found: Found, marks: Marks) -> None:
     lines = sorted(panel_queries.lines_by_iteration(panel, found).items())
-    names = [f"{name} {run_id[:8]}" for (name, run_id), _ in lines]
+    names = [" ".join(name) for name, _ in lines]
     axes = inner(box, rows_of(names, inches(box)[0]))
     for index, (_, points) in enumerate(lines):
         xs, ys = zip(*points, strict=True)

@@ -144,7 +144,8 @@ def chosen(dashboard: Json, servers: Servers, over: Range, given: Mapping[str, s
             if everything and variable.get("allValue"):
                 values.chosen[name] = str(variable["allValue"])
             else:
-                values.chosen[name] = found if everything else (found[0] if found else "")
+                first = found[:1] if variable["multi"] else (found[0] if found else "")
+                values.chosen[name] = found if everything else first
         elif variable["type"] == "datasource":
             values.chosen[name] = str(variable["query"])
         else:
@@ -165,7 +166,8 @@ def options(variable: Json, values: Values, servers: Servers, over: Range) -> li
     for series in servers.instant(result[1], over.end):
         labels = ",".join(f'{name}="{value}"' for name, value in series["metric"].items() if name != "__name__")
         shown.append(f"{{{labels}}} {series['value'][1]} {series['value'][0] * 1000:.0f}")
-    return sorted(_captured(text, variable["regex"]) for text in shown)
+    found = [_captured(text, variable["regex"]) for text in shown]
+    return sorted(found) if variable["sort"] else found
 
 
 def _captured(text: str, regex: str) -> tuple[str, str]:
@@ -175,7 +177,7 @@ def _captured(text: str, regex: str) -> tuple[str, str]:
         for name, value in match.groupdict().items():
             if value is not None:
                 found.setdefault(name, value)
-    return found["text"], found["value"]
+    return found.get("text", found["value"]), found["value"]
 
 
 # ---- results as a panel gets them ---------------------------------------------------------------------------------

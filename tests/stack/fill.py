@@ -8,12 +8,14 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tests.stack.harness import REPOSITORY, Stack, ask, wait_until
 
 EXAMPLE = REPOSITORY / "examples" / "to_the_stack.py"
+Said = tuple[str, float, dict[str, str]]
 OLD_S = 200 * 3600  # beyond what the collector's filters let through
 
 
@@ -34,18 +36,39 @@ def fill(stack: Stack, spool: Path, seconds: float = 8.0, epochs: int = 4) -> di
     return runs
 
 
-def send_host(stack: Stack) -> None:
+def send_host(stack: Stack, *, busy: float = 0.75) -> None:
     """What a node's own collector says of it, by the names of the semantic conventions, straight to Prometheus."""
-    host = {"host.name": os.uname().nodename, "service.name": "node"}
-    values: list[tuple[str, float, dict[str, str]]] = [
-        ("system.cpu.utilization", 0.25, {"cpu.mode": "idle"}),
-        ("system.cpu.utilization", 0.75, {"cpu.mode": "user"}),
-        ("system.memory.utilization", 0.5, {"system.memory.state": "used"}),
-        ("hw.gpu.utilization", 0.9, {"hw.id": "GPU-0"}),
-        ("hw.gpu.memory.utilization", 0.6, {"hw.id": "GPU-0"}),
+    values: list[Said] = [
+        ("system.cpu.utilization", 1 - busy, {"cpu.mode": "idle"}),
+        ("system.cpu.utilization", busy, {"cpu.mode": "user"}),
+        ("system.memory.utilization", 0.5 * busy, {"system.memory.state": "used"}),
+        ("hw.gpu.utilization", busy, {"hw.id": "GPU 0"}),
+        ("hw.gpu.memory.utilization", 0.8 * busy, {"hw.id": "GPU 0"}),
     ]
+    say_of_host(stack, os.uname().nodename, values, unit="1")
+
+
+def send_older_host(stack: Stack, name: str) -> None:
+    """What a node says by the names that its receiver had before, and that NVIDIA's DCGM exporter has to this day."""
+    cpu: list[Said] = [
+        ("system.cpu.utilization", 0.25, {"state": "idle"}),
+        ("system.memory.utilization", 0.5, {"state": "used"}),
+    ]
+    say_of_host(stack, name, cpu, unit="1")
+    gpu = {"gpu": "0", "Hostname": name}
+    dcgm: list[Said] = [
+        ("DCGM_FI_DEV_GPU_UTIL", 90.0, gpu),
+        ("DCGM_FI_DEV_FB_USED", 60_000.0, gpu),
+        ("DCGM_FI_DEV_FB_FREE", 20_000.0, gpu),
+    ]
+    say_of_host(stack, name, dcgm, unit="")
+
+
+def say_of_host(stack: Stack, name: str, values: Sequence[Said], unit: str) -> None:
+    """Gauges of a node with their values and labels, as of now."""
+    host = {"host.name": name, "service.name": "node"}
     metrics = [
-        {"name": name, "unit": "1", "gauge": {"dataPoints": [point(value, labels)]}} for name, value, labels in values
+        {"name": name, "unit": unit, "gauge": {"dataPoints": [point(value, labels)]}} for name, value, labels in values
     ]
     post(f"{stack.prometheus}/api/v1/otlp/v1/metrics", "Metrics", host, {"name": "node"}, {"metrics": metrics})
 
