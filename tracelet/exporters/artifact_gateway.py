@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from tracelet.backends import without_credentials
-from tracelet.exporters.artifact_names import gateway_uri, plain_name
+from tracelet.exporters.artifact_names import WHY_HEADER, gateway_uri, plain_name
 from tracelet.exporters.artifact_store import TOKEN, TOKEN_FILE, NeverTaken, Waiting
 from tracelet.exporters.original import Original
 from tracelet.exporters.otlp_wire import WIRE_HEADER, scrubbed, suppressed
@@ -76,7 +76,7 @@ class GatewayPlace:
         status = reply.status_code
         if status in fine:
             return
-        said = scrubbed(reply.text or reply.reason or "", (self._token(),))
+        said = scrubbed(reply.text or reply.headers.get(WHY_HEADER) or reply.reason or "", (self._token(),))
         if status == 413:
             raise NeverTaken(f"{self._shown} takes no file as large as {path!r}: {said}")
         if status in (401, 403):

@@ -6,9 +6,13 @@ import hashlib
 import posixpath
 import re
 
-__all__ = ["GATEWAY_SCHEME", "gateway_digest", "gateway_uri", "held_at", "plain_name", "store_path"]
+__all__ = ["GATEWAY_SCHEME", "WHY_HEADER", "gateway_digest", "gateway_uri", "held_at", "plain_name", "store_path"]
 
 GATEWAY_SCHEME = "tracelet-gateway"
+
+WHY_HEADER = "tracelet.why"
+"""Why a gateway refuses a file: the answer to a HEAD has no body to say it in."""
+
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _PLAIN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 

@@ -3,8 +3,10 @@
     HEAD  /v1/artifacts/<run>/<sha256>     how much is there
     PATCH /v1/artifacts/<run>/<sha256>     more of it (Upload-Offset, Upload-Length)
 
-What is complete was compared with its digest and flushed to the disk before that was said. A run's folder belongs to
-the first token that puts something into it.
+What is complete was compared with its digest and flushed to the disk before that was said. Whose a run is decides who
+may put files to it; of a run that nobody has heard of yet every token may, since files come before the event that names
+them. Strangers can't be in each other's way there: a file under way is one token's, and a whole one is what its digest
+says, whoever put it.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,15 +25,17 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from tracelet.exporters.artifact_names import is_digest, plain_name
-from tracelet.guard import logger
+from tracelet.errors import TraceletError
+from tracelet.exporters.artifact_names import WHY_HEADER, is_digest, plain_name
+from tracelet.gateway.callers import Caller
+from tracelet.gateway.limits import Refused
+from tracelet.guard import guard, logger
 
 __all__ = ["Artifacts"]
 
 _WIRE = {"tracelet.wire.version": "1.0"}  # by which a client tells our 404 from a stranger's
 _BUFFER = 1 << 20
 _UNFINISHED_S = 24 * 3600.0
-_OWNER = ".owner"
 _SLOW_S = 60.0  # without a byte, and the connection is given up: what came stays
 
 
@@ -44,27 +48,30 @@ class _Upload:
 
 
 class Artifacts:
-    """Holds `folder`. `who(request)` gives the name of the caller's token (empty where none is asked for), or None.
+    """Holds `folder`. `who(headers)` gives the caller, or raises `Refused`.
 
-    `may(name, run_id)` tells whether that token may write to a run at all. A file larger than `max_bytes` is refused
-    for good; beyond `quota_bytes` in all, files wait (507).
+    `why_not(run_id, caller)` says why a caller may not write to a run, None if it may. `count(reason)` is told of each
+    refusal for its token. A file larger than `max_bytes` is refused for good; beyond `quota_bytes` in all, files wait
+    (507).
     """
 
     def __init__(
         self,
         folder: Path,
-        who: Callable[[Request], str | None],
+        who: Callable[[Mapping[str, str]], Caller],
         *,
         max_bytes: int,
         quota_bytes: int | None = None,
-        may: Callable[[str, str], bool] | None = None,
+        why_not: Callable[[str, Caller], str | None] = lambda run_id, caller: None,
+        count: Callable[[str], None] = lambda reason: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._folder = folder
         self._who = who
         self._max_bytes = max_bytes
         self._quota_bytes = quota_bytes
-        self._may = may
+        self._why_not = why_not
+        self._count = count
         self._clock = clock
         self._busy: set[Path] = set()
         self._promised = 0  # bytes that requests under way may still write
@@ -99,13 +106,13 @@ class Artifacts:
     # ---- requests ------------------------------------------------------------------------------------------------
 
     async def _head(self, request: Request) -> Response:
-        upload = self._upload(request)
+        upload = await self._upload(request)
         if isinstance(upload, Response):
             return upload
         return _there(upload, 200) if upload.whole.exists() or upload.part.exists() else _no(404, "nothing of it yet")
 
     async def _patch(self, request: Request) -> Response:
-        upload = self._upload(request)
+        upload = await self._upload(request)
         if isinstance(upload, Response):
             return upload
         offset, length = _number(request, "upload-offset"), _number(request, "upload-length")
@@ -128,44 +135,45 @@ class Artifacts:
                 promised = 0
                 return _no(507, "no room for more artifacts at this gateway", retry_after=60)
             self._promised += promised
-            owned = await run_in_threadpool(self._own, upload.folder, self._who(request) or "")
-            return owned or await self._append(request, upload, length)
+            return await self._append(request, upload, length)
         finally:
             self._promised -= promised
             self._busy.discard(upload.part)
 
-    def _upload(self, request: Request) -> _Upload | Response:
-        name = self._who(request)
-        if name is None:
-            return _no(401, "no token, or none that is known here")
+    async def _upload(self, request: Request) -> _Upload | Response:
+        """What the request is about, if its sender may put it."""
         run, sha256 = request.path_params["run"], request.path_params["sha256"]
-        if plain_name(run) != run or not is_digest(sha256):
-            return _no(400, "the path is /v1/artifacts/<run id>/<sha256 in 64 small digits>")
-        if self._may is not None and not self._may(name, run):
-            return _no(403, "this token may not write to that run")
+        try:
+            caller = self._who(request.headers)
+            if plain_name(run) != run or not is_digest(sha256):
+                return _no(400, "the path is /v1/artifacts/<run id>/<sha256 in 64 small digits>")
+            why = await run_in_threadpool(self._why_not, run, caller)
+            if why is not None:
+                raise Refused(403, "foreign run", f"run {run}: {why}")
+        except Refused as refused:
+            return self._refusal(refused)
+        except (TraceletError, OSError) as error:
+            logger.error("gateway: whose run %s is can't be told, so its artifacts wait: %s", run, error)
+            return _no(503, "whose run this is can't be told now", retry_after=30)
         folder = self._folder / run
-        owner = _owner(folder)
-        if owner is not None and owner != name:
-            return _no(403, "another token's artifacts are kept for that run")
-        return _Upload(folder, folder / sha256, folder / f"{sha256}.part", sha256)
+        # The name of a token may be any text.
+        mine = "." + hashlib.sha256(caller.name.encode()).hexdigest()[:16] if caller.name else ""
+        return _Upload(folder, folder / sha256, folder / f"{sha256}{mine}.part", sha256)
 
-    def _own(self, folder: Path, name: str) -> Response | None:
-        """Take the run's folder for this token; of two at the same moment one gets it."""
-        folder.mkdir(mode=0o700, exist_ok=True)
-        temporary = folder / f".owner-{os.urandom(8).hex()}"
-        if _owner(folder) is None:
-            temporary.write_text(name, encoding="utf-8")
-            try:
-                os.link(temporary, folder / _OWNER)  # whole, or not at all
-            except FileExistsError:
-                pass
-            finally:
-                temporary.unlink()
-            _sync(folder)
-            _sync(self._folder)
-        return None if _owner(folder) == name else _no(403, "another token's artifacts are kept for that run")
+    def _refusal(self, refused: Refused) -> Response:
+        """For its token: our client keeps the file, and says so; a person has to see it here as well."""
+        self._count(refused.reason)
+        guard.limited(
+            f"refused artifact: {refused.reason}",
+            "REFUSED (%s): an artifact: %s; it is answered with %s",
+            refused.reason,
+            refused.message,
+            refused.http,
+        )
+        return _no(refused.http, refused.message)
 
     async def _append(self, request: Request, upload: _Upload, length: int) -> Response:
+        upload.folder.mkdir(mode=0o700, exist_ok=True)
         handle = os.open(upload.part, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             room = length - os.fstat(handle).st_size
@@ -215,8 +223,10 @@ class Artifacts:
             upload.part.unlink()
             return _no(422, f"these bytes have the sha256 {digest.hexdigest()}")
         os.fsync(handle)
+        self._held -= _size(upload.whole)  # another token's, of the same bytes
         os.replace(upload.part, upload.whole)
         _sync(upload.folder)
+        _sync(self._folder)
         return _there(upload, 201)
 
 
@@ -228,7 +238,9 @@ def _there(upload: _Upload, status: int) -> Response:
 
 
 def _no(status: int, why: str, retry_after: int | None = None) -> Response:
-    headers = _WIRE if retry_after is None else {**_WIRE, "Retry-After": str(retry_after)}
+    headers = {**_WIRE, WHY_HEADER: why.encode("ascii", "backslashreplace").decode()}
+    if retry_after is not None:
+        headers["Retry-After"] = str(retry_after)
     # The body may not have been read to its end: the connection is no longer of use.
     return Response(why + "\n", status, headers={**headers, "Connection": "close"}, media_type="text/plain")
 
@@ -236,13 +248,6 @@ def _no(status: int, why: str, retry_after: int | None = None) -> Response:
 def _number(request: Request, name: str) -> int | None:
     text = request.headers.get(name, "")
     return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else None
-
-
-def _owner(folder: Path) -> str | None:
-    try:
-        return (folder / _OWNER).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
 
 
 def _size(path: Path) -> int:

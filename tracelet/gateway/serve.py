@@ -17,13 +17,13 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import uvicorn
 from grpc import aio
 from prometheus_client import disable_created_metrics
-from starlette.requests import Request
 
 from tracelet.errors import ConfigError
 from tracelet.gateway import options as gateway_options
@@ -34,11 +34,12 @@ from tracelet.gateway.auth import Auth
 from tracelet.gateway.connections import connection_class
 from tracelet.gateway.grpc_service import build_grpc
 from tracelet.gateway.intake import Intake
-from tracelet.gateway.limits import Limits, Refused
+from tracelet.gateway.limits import Limits
 from tracelet.gateway.metrics import GatewayMetrics
 from tracelet.gateway.options import Options
 from tracelet.gateway.reception import Reception
 from tracelet.gateway.tls import Certificate
+from tracelet.gateway.whose import why_not
 from tracelet.guard import logger
 
 __all__ = ["serve"]
@@ -82,7 +83,7 @@ def serve(options: Options, environ: Mapping[str, str], *, ready_file: Path | No
     disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter, which nobody asks for
     metrics = GatewayMetrics()
     reception = Reception(intake, auth, limits, metrics, Aside(options.dir / "unknown", options.unknown_bytes))
-    artifacts = _artifacts(options, auth)
+    artifacts = _artifacts(options, auth, metrics)
     metrics.watch(
         intake.run_info,
         in_flight=lambda: reception.budget.in_flight,
@@ -254,15 +255,15 @@ def _shown(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
 
 
-def _artifacts(options: Options, auth: Auth) -> Artifacts:
-    def who(request: Request) -> str | None:
-        try:
-            return auth.caller(request.headers).name
-        except Refused:
-            return None
-
-    largest = options.artifact_max_bytes if options.artifact_max_bytes is not None else 1 << 62
-    return Artifacts(options.dir / "artifacts", who, max_bytes=largest, quota_bytes=options.artifact_quota)
+def _artifacts(options: Options, auth: Auth, metrics: GatewayMetrics) -> Artifacts:
+    return Artifacts(
+        options.dir / "artifacts",
+        auth.caller,
+        max_bytes=options.artifact_max_bytes if options.artifact_max_bytes is not None else 1 << 62,
+        quota_bytes=options.artifact_quota,
+        why_not=partial(why_not, options.dir / "runs"),
+        count=metrics.refused,
+    )
 
 
 def _log_to_stderr() -> None:

@@ -7,7 +7,7 @@ import http.client
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,19 @@ from urllib.parse import urlsplit
 import pytest
 import uvicorn
 from starlette.applications import Starlette
-from starlette.requests import Request
 
 from tracelet.exporters.artifact_gateway import GatewayPlace
 from tracelet.exporters.artifact_names import held_at
 from tracelet.exporters.artifact_store import NeverTaken, Waiting
 from tracelet.exporters.original import Changed, Original
 from tracelet.gateway.artifacts import Artifacts
+from tracelet.gateway.callers import Caller
+from tracelet.gateway.limits import Refused
 from tracelet.records import ArtifactLogged
 
 BYTES = os.urandom(20_000_000)
 SHA = hashlib.sha256(BYTES).hexdigest()
-TOKENS = {"Bearer a-token": "team-a", "Bearer b-token": "team-b"}
+TOKENS = {"Bearer a-token": Caller("team-a"), "Bearer b-token": Caller("team-b")}
 
 
 class Gateway:
@@ -41,8 +42,11 @@ class Gateway:
         self.server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", lifespan="off"))
 
     @staticmethod
-    def _who(request: Request) -> str | None:
-        return TOKENS.get(request.headers.get("authorization", ""))
+    def _who(headers: Mapping[str, str]) -> Caller:
+        caller = TOKENS.get(headers.get("authorization", ""))
+        if caller is None:
+            raise Refused(401, "wrong token", "the token is not one this gateway knows")
+        return caller
 
     @property
     def address(self) -> str:
@@ -130,11 +134,11 @@ def test_what_was_cut_off_goes_on_where_it_was_cut(gateway: Gateway, file: Path)
     connection.endheaders()
     connection.send(BYTES[:5_000_000])
     connection.close()
-    part = gateway.folder / "r1" / f"{SHA}.part"
     until = time.monotonic() + 30
-    while not (part.exists() and part.stat().st_size == 5_000_000):
+    while not [part for part in gateway.folder.glob(f"r1/{SHA}.*.part") if part.stat().st_size == 5_000_000]:
         assert time.monotonic() < until
         time.sleep(0.01)
+    (part,) = gateway.folder.glob("r1/*.part")
     status, headers = gateway.ask("HEAD", f"/v1/artifacts/r1/{SHA}", {})
     assert (status, headers["upload-offset"], headers["upload-complete"]) == (200, "5000000", "?0")
     inode = part.stat().st_ino
@@ -176,23 +180,40 @@ def test_an_upload_goes_on_at_its_offset_only(gateway: Gateway) -> None:
     assert (gateway.folder / held_at("r1", sha)).read_bytes() == data
 
 
-def test_a_runs_artifacts_belong_to_the_first_token_and_strangers_get_nothing(gateway: Gateway, file: Path) -> None:
-    put(gateway, file)
-    with pytest.raises(Waiting, match="403") as no:
-        put(gateway, file, token="b-token")
-    assert no.value.loud
-    with pytest.raises(Waiting, match="401"):
-        put(gateway, file, token="unknown")
-    with pytest.raises(Waiting, match="401"):
-        put(gateway, file, token="")
-    put(gateway, file, token="b-token", run="r2")
+def test_a_token_that_is_not_known_puts_nothing(gateway: Gateway, file: Path) -> None:
+    for token in ("unknown", ""):
+        with pytest.raises(Waiting, match="401") as no:
+            put(gateway, file, token=token)
+        assert no.value.loud
+    assert not list(gateway.folder.iterdir())
 
 
-def test_a_run_that_a_token_may_not_write_is_refused(tmp_path: Path, file: Path) -> None:
-    with running(tmp_path / "artifacts", may=lambda name, run: run != "theirs") as gateway:
+def test_a_run_that_a_token_may_not_write_is_refused_and_counted(tmp_path: Path, file: Path) -> None:
+    counted: list[str] = []
+
+    def why_not(run_id: str, caller: Caller) -> str | None:
+        return f"not {caller.name}'s" if run_id == "theirs" else None
+
+    with running(tmp_path / "artifacts", why_not=why_not, count=counted.append) as gateway:
         put(gateway, file, run="mine")
-        with pytest.raises(Waiting, match="403"):
+        with pytest.raises(Waiting, match=r"403.*not team-a's") as no:
             put(gateway, file, run="theirs")
+        assert no.value.loud
+        with pytest.raises(Waiting, match="401"):
+            put(gateway, file, run="mine", token="unknown")
+    assert counted == ["foreign run", "wrong token"]
+
+
+def test_two_tokens_at_one_file_of_a_run_nobody_knows_are_not_in_each_others_way(gateway: Gateway) -> None:
+    data, sha = small(b"0123456789")
+    path, theirs = f"/v1/artifacts/r1/{sha}", {"Authorization": "Bearer b-token"}
+    spoiling = {**theirs, "Upload-Offset": "0", "Upload-Length": "10"}
+    assert gateway.ask("PATCH", path, spoiling, b"evil")[0] == 204
+    assert gateway.ask("HEAD", path, {})[0] == 404
+    assert gateway.append(data, 0, 10, sha) == 201
+    assert (gateway.folder / held_at("r1", sha)).read_bytes() == data
+    assert gateway.ask("HEAD", path, theirs)[1]["upload-complete"] == "?1"
+    assert gateway.artifacts.held_bytes() == 14
 
 
 def test_too_large_is_never_taken_and_no_room_is_waited_for(tmp_path: Path, file: Path) -> None:
