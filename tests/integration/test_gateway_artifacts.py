@@ -91,12 +91,14 @@ def gateway(folder: Path, mlflow: str, *options: str) -> Iterator[Gateway]:
         one.stop()
 
 
-def train(folder: Path, name: str, endpoint: str, file: Path, **environ: str) -> subprocess.Popen[bytes]:
+def train(
+    folder: Path, name: str, endpoint: str, file: Path, *, program: str = TRAINING, **environ: str
+) -> subprocess.Popen[bytes]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "OTEL_", "TRACELET_"))}
     variables = {**kept, "TRACELET_DIR": str(folder / "spool"), **environ}
     with (folder / "training.log").open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-c", TRAINING, name, endpoint, str(file)], env=variables, stdout=log, stderr=log
+            [sys.executable, "-c", program, name, endpoint, str(file)], env=variables, stdout=log, stderr=log
         )
 
 
@@ -141,6 +143,7 @@ class Cut:
     def __init__(self, port: int, after: int, then: Callable[[], None]) -> None:
         self._port, self._after, self._then = port, after, then
         self.is_cut = False
+        self.passed = 0  # to the port, on all connections
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
@@ -171,6 +174,7 @@ class Cut:
             while data := source.recv(65536):
                 target.sendall(data)
                 passed += len(data)
+                self.passed += len(data) if after is not None else 0
                 if after is not None and passed > after and not self.is_cut:
                     self.is_cut = True
                     self._then()
@@ -209,18 +213,58 @@ def test_a_file_put_to_the_gateway_survives_a_cut_and_the_gateways_death(
             until(lambda: one.process is not None and one.process.poll() is not None, "the gateway still lives")
             (part,) = (tmp_path / "gateway" / "artifacts").glob("*/*.part")
             assert 0 < part.stat().st_size < SIZE
-            inode = part.stat().st_ino
             one.start()
             finish(process, tmp_path)
             assert same_bytes(mlflow_server, name, file)
-            (held,) = (
-                path for path in (tmp_path / "gateway" / "artifacts").glob("*/*") if not path.name.startswith(".")
-            )
-            assert held.stat().st_ino == inode  # it went on; nothing began again
+            assert cut.passed < SIZE + 8_000_000  # it went on where it was: from the start it would be 12 MB more
+            until(lambda: held_bytes(one) == 0, "MLflow has the file, and the gateway keeps it")
         finally:
             cut.close()
     for log in ("training.log", "gateway.log"):
         assert "long-enough-for-a-token-a" not in (tmp_path / log).read_text()
+
+
+TRAINING_ON = """
+import sys, tracelet
+from pathlib import Path
+exp = tracelet.start_logging(exp_name=sys.argv[1], project="artifacts", backend=tracelet.OTLP(sys.argv[2]))
+for number in range(6):
+    exp.log_metric("loss", 0.5, iteration=number)
+    Path(sys.argv[3]).write_bytes(bytes([number]) * 3_000_000)
+    exp.log_artifact(sys.argv[3], f"models/{number}.bin", copy=True)
+    exp.log_artifact(sys.argv[3], f"again/{number}.bin", copy=True)
+    exp.log_artifact(sys.argv[3], "models/last.bin", copy=True)
+delivered = exp.flush(timeout=120)
+tracelet.stop_logging()
+sys.exit(0 if delivered else 3)
+"""
+
+
+def held_bytes(one: Gateway) -> float:
+    with urlopen(f"{one.address}/metrics", timeout=10) as reply:
+        lines = reply.read().decode().splitlines()
+    return sum(float(line.split()[1]) for line in lines if line.startswith("tracelet_gateway_artifact_bytes "))
+
+
+def test_more_than_the_quota_arrives_since_what_mlflow_has_goes(mlflow_server: MlflowServer, tmp_path: Path) -> None:
+    """Six files of 3 MB, each under three names, through room for two of them; the gateway killed after the first."""
+    name = f"quota-{os.urandom(4).hex()}"
+    with gateway(tmp_path, mlflow_server.uri, "--artifact-quota", "7MB") as one:
+        file = tmp_path / "last.bin"
+        process = train(tmp_path, name, one.address, file, program=TRAINING_ON, TRACELET_ARTIFACT_GATEWAY=one.address)
+        until(lambda: list((tmp_path / "gateway" / "artifacts").glob("*/*.had-*")), "MLflow has none of the files")
+        one.kill()
+        one.start()
+        finish(process, tmp_path)
+        run = run_of(mlflow_server, name, project="artifacts", status="FINISHED", within_s=60)
+        assert sorted(mlflow_server.artifacts(run.info.run_id)) == sorted(
+            [f"{folder}/{number}.bin" for folder in ("models", "again") for number in range(6)] + ["models/last.bin"]
+        )
+        for path, number in [("models/0.bin", 0), ("again/5.bin", 5), ("models/last.bin", 5)]:
+            there = stored(mlflow_server, run.info.run_id, path)
+            assert there is not None
+            assert there.read_bytes() == bytes([number]) * 3_000_000
+        until(lambda: held_bytes(one) == 0, "MLflow has the files, and the gateway keeps some")
 
 
 @pytest.mark.parametrize("why", ["no place", "no prefix", "too large"])

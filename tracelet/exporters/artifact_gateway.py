@@ -1,6 +1,7 @@
 """An artifact's bytes put to the gateway over HTTP, in pieces, from where an earlier try was cut off.
 
 HEAD  /v1/artifacts/<run>/<sha256>     404, or 200 with Upload-Offset (bytes there) and Upload-Complete (?0, ?1)
+                                       tracelet.artifact.event: for which event; until MLflow has it the file stays
 PATCH /v1/artifacts/<run>/<sha256>     Upload-Offset, Upload-Length: append; 204 more to come, 201 complete,
                                        409 another offset, 413 too large, 422 other bytes than the digest says,
                                        423 somebody else is at it, 507 no room
@@ -14,7 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from tracelet.backends import without_credentials
-from tracelet.exporters.artifact_names import WHY_HEADER, gateway_uri, plain_name
+from tracelet.exporters.artifact_names import EVENT_HEADER, WHY_HEADER, event_mark, gateway_uri, plain_name
 from tracelet.exporters.artifact_store import TOKEN, TOKEN_FILE, NeverTaken, Waiting
 from tracelet.exporters.original import Original
 from tracelet.exporters.otlp_wire import WIRE_HEADER, scrubbed, suppressed
@@ -42,7 +43,8 @@ class GatewayPlace:
     def put(self, run_id: str, sha256: str, path: str, original: Original) -> None:
         """See `artifact_store.Place`."""
         address = f"{self._base}/{plain_name(run_id)}/{sha256}"
-        offset, is_complete = self._offset(address)
+        event = {EVENT_HEADER: event_mark(original.logged_unix_nano, path)}
+        offset, is_complete = self._offset(address, event)
         while not is_complete:
             if offset > original.size:
                 raise Waiting(f"{self._shown} has more bytes of {path!r} than there are", loud=True)
@@ -51,7 +53,12 @@ class GatewayPlace:
             reply = self._ask(
                 "PATCH",
                 address,
-                {"Upload-Offset": str(offset), "Upload-Length": str(original.size), "Content-Length": str(size)},
+                {
+                    "Upload-Offset": str(offset),
+                    "Upload-Length": str(original.size),
+                    "Content-Length": str(size),
+                    **event,
+                },
                 _read(original, size),
             )
             if reply.status_code == 422:
@@ -60,11 +67,11 @@ class GatewayPlace:
             self._refused(reply, path, (201, 204, 409))
             offset, is_complete = _state(reply)
             if reply.status_code == 409:
-                offset, is_complete = self._offset(address)
+                offset, is_complete = self._offset(address, event)
         original.check()
 
-    def _offset(self, address: str) -> tuple[int, bool]:
-        reply = self._ask("HEAD", address, {}, None)
+    def _offset(self, address: str, event: dict[str, str]) -> tuple[int, bool]:
+        reply = self._ask("HEAD", address, event, None)
         if reply.status_code == 404 and WIRE_HEADER[0] in reply.headers:
             return 0, False
         if reply.status_code == 404:

@@ -6,12 +6,29 @@ import hashlib
 import posixpath
 import re
 
-__all__ = ["GATEWAY_SCHEME", "WHY_HEADER", "gateway_digest", "gateway_uri", "held_at", "plain_name", "store_path"]
+__all__ = [
+    "EVENT_HEADER",
+    "GATEWAY_SCHEME",
+    "WHY_HEADER",
+    "event_mark",
+    "gateway_digest",
+    "gateway_uri",
+    "had_name",
+    "held_at",
+    "is_digest",
+    "is_event_mark",
+    "plain_name",
+    "store_path",
+    "wanted_name",
+]
 
 GATEWAY_SCHEME = "tracelet-gateway"
 
 WHY_HEADER = "tracelet.why"
 """Why a gateway refuses a file: the answer to a HEAD has no body to say it in."""
+
+EVENT_HEADER = "tracelet.artifact.event"
+"""Names the event that a file is put for (`event_mark`): until that is delivered the gateway keeps the file."""
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _PLAIN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
@@ -65,3 +82,29 @@ def is_digest(text: str) -> bool:
 def held_at(run_id: str, sha256: str) -> str:
     """Where a gateway keeps bytes that were put to it, below its folder for artifacts."""
     return f"{plain_name(run_id)}/{sha256}"
+
+
+def event_mark(time_unix_nano: int, path: str) -> str:
+    """Names one artifact event of a run on both sides: what it says of the file's name, and when it was logged.
+
+    Examples:
+        >>> event_mark(1_800_000_000_000_000_000, "models/best.pt")
+        'e9fcf427c9c9cf9e'
+    """
+    # As text stands on the wire, which has no lone surrogates.
+    return hashlib.sha256(f"{time_unix_nano} {path}".encode("utf-8", "backslashreplace")).hexdigest()[:16]
+
+
+def is_event_mark(text: str) -> bool:
+    """Whether `text` is one that `event_mark` could have made."""
+    return re.fullmatch(r"[0-9a-f]{16}", text) is not None
+
+
+def wanted_name(sha256: str, event: str) -> str:
+    """The mark beside a held file that an event (empty: an unnamed one) may still need."""
+    return f"{sha256}.for-{event or 'unnamed'}"
+
+
+def had_name(sha256: str, event: str) -> str:
+    """The mark beside a held file that MLflow has for an event; the address of that MLflow is in it."""
+    return f"{sha256}.had-{event or 'unnamed'}"

@@ -29,6 +29,7 @@ class Original:
         self.file = file
         self.at = at
         self.size = artifact.size
+        self.logged_unix_nano = artifact.time_unix_nano
         self._artifact = artifact
 
     def check(self) -> None:

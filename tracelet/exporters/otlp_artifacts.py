@@ -8,13 +8,19 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tracelet.exporters.artifact_store import GATEWAY, STORE, NeverTaken, Place, Waiting
 from tracelet.exporters.base import Refusal
 from tracelet.exporters.original import Changed, Original, place_of
 from tracelet.exporters.otlp_wire import Reply
+from tracelet.otlp import semconv
+from tracelet.otlp.encode import EventsLoad, Load
+from tracelet.otlp.encode_points import wire_text
 from tracelet.records import ArtifactLogged, Batch
+
+if TYPE_CHECKING:
+    from opentelemetry.proto.logs.v1.logs_pb2 import LogRecord
 
 __all__ = ["Uploads", "with_addresses"]
 
@@ -58,6 +64,21 @@ class Uploads:
                 self.refusals.append(refusal(artifact, f"{upload.at} can't be read any more: {error}"))
             self._waiting.popleft()
         return None
+
+    def ready(self, load: Load) -> int:
+        """How many of a load's items, from its first on, may leave: no file of theirs is still to be put."""
+        if not self._waiting:
+            return len(load)
+        waiting = {(one.artifact.time_unix_nano, wire_text(one.artifact.path)) for one in self._waiting}
+        items = load.items if isinstance(load, EventsLoad) else ()
+        return next((at for at, item in enumerate(items) if _artifact_of(item) in waiting), len(load))
+
+
+def _artifact_of(event: LogRecord) -> tuple[int, str] | None:
+    if event.event_name != semconv.EVENT_ARTIFACT:
+        return None
+    paths = (pair.value.string_value for pair in event.attributes if pair.key == semconv.ARTIFACT_NAME)
+    return event.time_unix_nano, next(paths, "")
 
 
 def refusal(artifact: ArtifactLogged, reason: str) -> Refusal:

@@ -52,6 +52,7 @@ class OtlpDelivery:
         self._control = control
         self._done = done
         self._uploads = uploads
+        self._held_up: Reply | None = None  # in this attempt, why not all files are at their place
         self._refusals: list[Refusal] = []
 
     @property
@@ -64,17 +65,18 @@ class OtlpDelivery:
         aside: list[_Job] = []
         later: RetryLater | None = None
         blocked: set[str] = set()
+        self._held_up = None
         while self._jobs:
             job = self._jobs[0]
             if job.load.signal in blocked:
                 aside.append(self._jobs.popleft())
                 continue
-            encoded = job.load.encode()
-            if len(encoded) > semconv.REQUEST_MAX_BYTES and len(job.load) > 1:
+            encoded, ready = job.load.encode(), self._ready(job.load)
+            if len(job.load) > 1 and (len(encoded) > semconv.REQUEST_MAX_BYTES or 0 < ready < len(job.load)):
                 self._halve()
                 continue
-            waiting = self._uploads.put() if self._uploads is not None and job.load.signal == "logs" else None
-            reply = waiting or self._send(job.load.signal, encoded)
+            held_up = self._held_up if ready == 0 else None
+            reply = held_up or self._send(job.load.signal, encoded)
             if reply.kind == "later":
                 later = self._worst(later, reply)
                 if not reply.elsewhere:
@@ -94,6 +96,15 @@ class OtlpDelivery:
         if self._uploads is not None:
             self._refusals.extend(self._uploads.refusals)
         return Rejected(tuple(self._refusals)) if self._refusals else Delivered()
+
+    def _ready(self, load: Load) -> int:
+        """How many of a load's items may leave now: where a gateway has no more room, what it has makes some only once
+        the events of that are delivered."""
+        if self._uploads is None or load.signal != "logs":
+            return len(load)
+        if self._held_up is None:
+            self._held_up = self._uploads.put()
+        return len(load) if self._held_up is None else self._uploads.ready(load)
 
     @staticmethod
     def _worst(so_far: RetryLater | None, reply: Reply) -> RetryLater:

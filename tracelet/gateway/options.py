@@ -239,7 +239,7 @@ GATEWAY_SETTINGS: tuple[Setting, ...] = (
         "TRACELET_GATEWAY_ARTIFACT_QUOTA",
         _size,
         "no limit but the disk",
-        "The most bytes of artifacts put to the gateway that wait for MLflow.",
+        "The most bytes of artifacts put to the gateway that MLflow has not taken yet; beyond it, files wait.",
     ),
 )
 

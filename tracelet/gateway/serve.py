@@ -33,18 +33,20 @@ from tracelet.gateway.aside import Aside
 from tracelet.gateway.auth import Auth
 from tracelet.gateway.connections import connection_class
 from tracelet.gateway.grpc_service import build_grpc
+from tracelet.gateway.held import HeldFiles
 from tracelet.gateway.intake import Intake
 from tracelet.gateway.limits import Limits
 from tracelet.gateway.metrics import GatewayMetrics
 from tracelet.gateway.options import Options
 from tracelet.gateway.reception import Reception
 from tracelet.gateway.tls import Certificate
-from tracelet.gateway.whose import why_not
-from tracelet.guard import logger
+from tracelet.gateway.whose import nothing_waits, why_not
+from tracelet.guard import guard, logger
 
 __all__ = ["serve"]
 
 _TICK_S = 1.0
+_CLEAR_S = 5.0
 _SWEEP_S = 3600.0
 
 
@@ -83,12 +85,13 @@ def serve(options: Options, environ: Mapping[str, str], *, ready_file: Path | No
     disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter, which nobody asks for
     metrics = GatewayMetrics()
     reception = Reception(intake, auth, limits, metrics, Aside(options.dir / "unknown", options.unknown_bytes))
-    artifacts = _artifacts(options, auth, metrics)
+    held = HeldFiles(options.dir / "artifacts", is_over=partial(nothing_waits, runs))
+    artifacts = _artifacts(options, held, auth, metrics)
     metrics.watch(
         intake.run_info,
         in_flight=lambda: reception.budget.in_flight,
         tokens_bad=lambda: auth.is_bad,
-        artifact_bytes=artifacts.held_bytes,
+        artifact_bytes=held.size,
     )
     intake.start()
     logger.info("runs go to %s; the folder is %s", destination["spec"]["tracking_uri"], options.dir)
@@ -209,13 +212,18 @@ class _Process:
 
     async def _keep(self) -> None:
         """What has to be done now and then."""
-        swept = -_SWEEP_S
+        swept = cleared = -_SWEEP_S
         while True:
             if self._certificate is not None:
                 self._certificate.refresh()
-            if time.monotonic() - swept >= _SWEEP_S:
-                swept = time.monotonic()
-                await asyncio.to_thread(self._artifacts.sweep)
+            now = time.monotonic()
+            if now - cleared >= _CLEAR_S:
+                cleared = now
+                with guard("look after the artifacts that are held"):
+                    await asyncio.to_thread(
+                        self._artifacts.held.clear if now - swept < _SWEEP_S else self._artifacts.held.sweep
+                    )
+                swept = now if now - swept >= _SWEEP_S else swept
             await asyncio.sleep(_TICK_S)
 
     def _stop(self, number: signal.Signals) -> None:
@@ -255,9 +263,9 @@ def _shown(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
 
 
-def _artifacts(options: Options, auth: Auth, metrics: GatewayMetrics) -> Artifacts:
+def _artifacts(options: Options, held: HeldFiles, auth: Auth, metrics: GatewayMetrics) -> Artifacts:
     return Artifacts(
-        options.dir / "artifacts",
+        held,
         auth.caller,
         max_bytes=options.artifact_max_bytes if options.artifact_max_bytes is not None else 1 << 62,
         quota_bytes=options.artifact_quota,

@@ -1,4 +1,4 @@
-"""Whose a run is, for a door that only knows the run's id: as the intake has written it into the run's manifest."""
+"""What a door that only knows a run's id has to know: whose it is, and whether it waits; from the run's folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tracelet.gateway.runs import FOLDER
 from tracelet.ids import valid_run_id
 from tracelet.spool.store import read_manifest
 
-__all__ = ["why_not"]
+__all__ = ["nothing_waits", "why_not"]
 
 
 def why_not(runs: Path, run_id: str, caller: Caller) -> str | None:
@@ -36,3 +36,8 @@ def why_not(runs: Path, run_id: str, caller: Caller) -> str | None:
             " run's telemetry comes with"
         )
     return None
+
+
+def nothing_waits(runs: Path, run_id: str) -> bool:
+    """Whether all that came of a run is delivered and cleared away, or nothing ever came."""
+    return not any((runs / run_id / FOLDER).glob("*.points"))

@@ -92,6 +92,28 @@ def test_what_is_there_with_its_size_is_not_written_again(sink: HttpSink, tmp_pa
     assert at.read_bytes() == BYTES
 
 
+def test_events_whose_files_are_there_leave_before_those_that_wait(sink: HttpSink, tmp_path: Path) -> None:
+    """A gateway without room gets it only by them: what it holds goes once it is delivered."""
+    records = []
+    for number in range(5):
+        file = tmp_path / f"{number}.pt"
+        file.write_bytes(BYTES + b"%d" % number)
+        records.append(replace(reference(file), path=f"models/{number}.pt", time_unix_nano=START + number))
+    sha = hashlib.sha256(BYTES + b"3").hexdigest()
+    in_the_way = tmp_path / "store" / "run-1" / sha[:2] / sha
+    in_the_way.parent.mkdir(parents=True)
+    in_the_way.touch()
+    delivery = exporter(sink, {"TRACELET_ARTIFACT_STORE": str(tmp_path / "store")}).begin(batch((), records))
+    names = lambda: [event["tracelet.artifact.name"] for event in events(sink)]  # noqa: E731
+    assert isinstance(delivery.attempt(), RetryLater)
+    assert names() == [f"models/{number}.pt" for number in range(3)]
+    assert isinstance(delivery.attempt(), RetryLater)
+    assert len(names()) == 3
+    in_the_way.unlink()
+    assert delivery.attempt() == Delivered()
+    assert names() == [f"models/{number}.pt" for number in range(5)]
+
+
 def test_a_store_through_fsspec_gets_them_too(sink: HttpSink, tmp_path: Path) -> None:
     fsspec = pytest.importorskip("fsspec")
     made = exporter(sink, {"TRACELET_ARTIFACT_STORE": "memory://places/runs"})

@@ -23,6 +23,7 @@ from tracelet.exporters.artifact_store import NeverTaken, Waiting
 from tracelet.exporters.original import Changed, Original
 from tracelet.gateway.artifacts import Artifacts
 from tracelet.gateway.callers import Caller
+from tracelet.gateway.held import HeldFiles
 from tracelet.gateway.limits import Refused
 from tracelet.records import ArtifactLogged
 
@@ -36,8 +37,9 @@ class Gateway:
 
     def __init__(self, folder: Path, **limits: Any) -> None:
         self.folder = folder
+        self.held = HeldFiles(folder, **{k: limits.pop(k) for k in ("clock", "is_over") if k in limits})
         fields: dict[str, Any] = {"max_bytes": 10**9, **limits}
-        self.artifacts = Artifacts(folder, self._who, **fields)
+        self.artifacts = Artifacts(self.held, self._who, **fields)
         app = Starlette(routes=list(self.artifacts.routes()))
         self.server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", lifespan="off"))
 
@@ -113,7 +115,7 @@ def test_a_file_arrives_whole_and_a_repeat_sends_nothing(gateway: Gateway, file:
     before = held.stat().st_mtime_ns
     put(gateway, file)
     assert held.stat().st_mtime_ns == before
-    assert gateway.artifacts.held_bytes() >= len(BYTES)
+    assert gateway.held.size() >= len(BYTES)
     assert not list(gateway.folder.rglob("*.part"))
 
 
@@ -213,7 +215,7 @@ def test_two_tokens_at_one_file_of_a_run_nobody_knows_are_not_in_each_others_way
     assert gateway.append(data, 0, 10, sha) == 201
     assert (gateway.folder / held_at("r1", sha)).read_bytes() == data
     assert gateway.ask("HEAD", path, theirs)[1]["upload-complete"] == "?1"
-    assert gateway.artifacts.held_bytes() == 14
+    assert gateway.held.size() == 14
 
 
 def test_too_large_is_never_taken_and_no_room_is_waited_for(tmp_path: Path, file: Path) -> None:
@@ -259,11 +261,11 @@ def test_unfinished_uploads_go_after_a_day_and_finished_ones_stay(tmp_path: Path
         put(gateway, file)
         data, sha = small(b"half and half")
         assert gateway.append(data[:4], 0, len(data), sha) == 204
-        assert gateway.artifacts.sweep() == 0
-        before = gateway.artifacts.held_bytes()
+        assert gateway.held.sweep() == 0
+        before = gateway.held.size()
         ahead = 25 * 3600.0
-        assert gateway.artifacts.sweep() == 1
-        assert gateway.artifacts.held_bytes() == before - 4
+        assert gateway.held.sweep() == 1
+        assert gateway.held.size() == before - 4
         assert (gateway.folder / held_at("r1", SHA)).exists()
 
 

@@ -72,9 +72,11 @@ class ArtifactStore:
         return None
 
     def put_received(
-        self, artifact_uri: str, run_id: str, artifact: ArtifactLogged
+        self, artifact_uri: str, run_id: str, artifact: ArtifactLogged, event: str = ""
     ) -> tuple[str | None, Refusal | None]:
         """Store a file that is named by an address: its bytes, or `<path>.reference.json` and why.
+
+        `event` is the `event_mark` of what told of it, by which a gateway that holds the bytes may let them go.
 
         Raises:
             NotNow: where the bytes are, or where they go, can't be reached.
@@ -90,7 +92,10 @@ class ArtifactStore:
                 self._store(artifact_uri, artifact.path, fetched)
             finally:
                 fetched.close()
+            self._sources.settle(run_id, artifact, event)
         except (OnlyReference, Changed) as no:
+            if self._sources.is_settled(run_id, artifact, event):
+                return None, None  # it came before a crash, and the gateway has let its copy go since
             why = str(no)
         except Refused as no:
             return None, Refusal(

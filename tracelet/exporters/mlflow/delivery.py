@@ -346,11 +346,11 @@ class MLflowDelivery:
             self._refuse(self._artifacts.put_text(uri, path, text))
             del plan.texts[path]
         while plan.artifacts:
-            artifact = plan.artifacts[0]
+            artifact, event = plan.artifacts[0]
             if artifact.uri is None:
                 self._refuse(self._artifacts.put(uri, self._batch.folder, artifact))
             else:
-                why, refusal = self._artifacts.put_received(uri, self._batch.run.run_id, artifact)
+                why, refusal = self._artifacts.put_received(uri, self._batch.run.run_id, artifact, event)
                 self._refuse(refusal)
                 if why is not None:
                     plan.tags[reference_tag(artifact.path)] = f"{artifact.uri} ({why})"[:TAG_VALUE_CHARS]

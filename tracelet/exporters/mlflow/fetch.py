@@ -7,6 +7,7 @@ planted a moment ago leads out; web addresses are never opened, and neither is a
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -17,9 +18,10 @@ from typing import Any, BinaryIO, cast
 from urllib.parse import unquote, urlsplit
 
 from tracelet.errors import ConfigError
-from tracelet.exporters.artifact_names import GATEWAY_SCHEME, gateway_digest, held_at
+from tracelet.exporters.artifact_names import GATEWAY_SCHEME, gateway_digest, had_name, held_at, wanted_name
 from tracelet.exporters.mlflow.transport import NotNow
 from tracelet.exporters.original import CHUNK, Changed
+from tracelet.guard import guard
 from tracelet.records import ArtifactLogged
 
 __all__ = ["MAX_BYTES", "Fetched", "OnlyReference", "Sources"]
@@ -57,6 +59,7 @@ class Sources:
 
     def __init__(self, spec: Mapping[str, Any]) -> None:
         self._folder: str | None = spec.get("artifact_dir")
+        self._where = str(spec.get("tracking_uri", ""))
         most = spec.get("artifact_max_bytes")
         self._max_bytes = MAX_BYTES if most is None else int(most)
         self._prefixes = tuple(_prefix(str(text)) for text in spec.get("artifact_prefixes") or ())
@@ -80,6 +83,40 @@ class Sources:
             fetched.close()
             raise
         return fetched
+
+    def settle(self, run_id: str, artifact: ArtifactLogged, event: str) -> None:
+        """The bytes that the gateway holds for this event are at the destination: it need not keep them for that.
+
+        A mark beside the file, which another destination does not take for its own; the gateway deletes the file once
+        no other event needs it. A mark that can't be written keeps the file.
+        """
+        folder, digest = self._held_in(run_id, artifact)
+        if folder is None:
+            return
+        with guard("note that an artifact is delivered"):
+            handle = os.open(f"{folder}/{had_name(digest, event)}", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            with os.fdopen(handle, "w", encoding="utf-8") as mark:
+                mark.truncate()
+                mark.write(self._where)
+                mark.flush()
+                os.fsync(handle)  # before what keeps the file goes
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(f"{folder}/{wanted_name(digest, event)}")
+
+    def is_settled(self, run_id: str, artifact: ArtifactLogged, event: str) -> bool:
+        """Whether an earlier try, before a crash, brought this event's bytes to the destination."""
+        folder, digest = self._held_in(run_id, artifact)
+        try:
+            with open(f"{folder}/{had_name(digest, event)}", encoding="utf-8") as mark:
+                return folder is not None and mark.read() == self._where
+        except OSError:
+            return False
+
+    def _held_in(self, run_id: str, artifact: ArtifactLogged) -> tuple[str | None, str]:
+        digest = gateway_digest(artifact.uri or "")
+        if digest is None or self._folder is None:
+            return None, ""
+        return os.path.dirname(f"{self._folder}/{held_at(run_id, digest)}"), digest
 
     def _held(self, run_id: str, artifact: ArtifactLogged, uri: str) -> BinaryIO:
         digest = gateway_digest(uri)

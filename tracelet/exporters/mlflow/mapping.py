@@ -11,6 +11,7 @@ import os.path
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from tracelet.exporters.artifact_names import event_mark
 from tracelet.exporters.base import Refusal
 from tracelet.exporters.mlflow.limits import (
     KEY_CHARS,
@@ -88,7 +89,7 @@ class Plan:
     params: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)  # artifact path -> a whole text that had to be cut
-    artifacts: list[ArtifactLogged] = field(default_factory=list)
+    artifacts: list[tuple[ArtifactLogged, str]] = field(default_factory=list)  # and the event's mark
     refusals: list[Refusal] = field(default_factory=list)
     ended: AttemptEnded | None = None
     spans: list[str] = field(default_factory=list)  # serialized ResourceSpans, in base64
@@ -272,7 +273,7 @@ class _Planner:
             self.set_tag(
                 legal_name(NAME_TAG + path), self._fit(encodable(artifact.path), TAG_VALUE_CHARS, "tags", path)
             )
-        self.made.artifacts.append(replace(artifact, path=path))
+        self.made.artifacts.append((replace(artifact, path=path), event_mark(artifact.time_unix_nano, artifact.path)))
 
     def add_run_tags(self, started: RunStarted) -> None:
         """A resumed run keeps the user, source and commit it was made with, as with MLflow's own client; what a run
