@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -27,14 +28,14 @@ from tracelet.errors import TraceletError
 from tracelet.exporters.artifact_names import EVENT_HEADER, WHY_HEADER, is_digest, is_event_mark, plain_name
 from tracelet.gateway.callers import Caller
 from tracelet.gateway.held import HeldFiles, Place
-from tracelet.gateway.limits import Refused
+from tracelet.gateway.limits import BUSY_AGAIN_S, Budget, Refused
 from tracelet.guard import guard, logger
 
 __all__ = ["Artifacts"]
 
 _WIRE = {"tracelet.wire.version": "1.0"}  # by which a client tells our 404 from a stranger's
 _BUFFER = 1 << 20
-_SLOW_S = 60.0  # without a byte, and the connection is given up: what came stays
+_PIECE = 1 << 16  # what the server hands over at once
 
 
 class Artifacts:
@@ -42,7 +43,8 @@ class Artifacts:
 
     `why_not(run_id, caller)` says why a caller may not write to a run, None if it may. `count(reason)` is told of each
     refusal for its token. A file larger than `max_bytes` is refused for good; beyond `quota_bytes` in all, files wait
-    (507).
+    (507). `budget` bounds what all requests hold in memory. After `pause_s` without a byte, or `request_s` in all, a
+    request is over: what came stays, and others may go on with the file.
     """
 
     def __init__(
@@ -54,6 +56,9 @@ class Artifacts:
         quota_bytes: int | None = None,
         why_not: Callable[[str, Caller], str | None] = lambda run_id, caller: None,
         count: Callable[[str], None] = lambda reason: None,
+        budget: Budget | None = None,
+        pause_s: float = 60.0,
+        request_s: float = 600.0,
     ) -> None:
         self.held = held
         self._who = who
@@ -61,6 +66,8 @@ class Artifacts:
         self._quota_bytes = quota_bytes
         self._why_not = why_not
         self._count = count
+        self._budget = budget or Budget(1 << 62)
+        self._pause_s, self._request_s = pause_s, request_s
         self._busy: set[Path] = set()
         self._to_come = 0  # bytes that requests under way may still write
 
@@ -101,7 +108,11 @@ class Artifacts:
                 return _part(place, 409)
             if not await self._has_room(length - offset):
                 return _no(507, "no room for more artifacts at this gateway until MLflow has some", retry_after=10)
-            return await self._append(request, place, length)
+            with self._budget.hold() as memory:
+                memory.add(min(length - offset, _BUFFER + _PIECE))
+                return await self._append(request, place, length)
+        except Refused as busy:
+            return _no(busy.http, busy.message, retry_after=round(busy.retry_after_s or BUSY_AGAIN_S))
         except OSError as error:
             return self._not_now(error)
         finally:
@@ -159,8 +170,10 @@ class Artifacts:
             buffer = bytearray()
             stream = request.stream().__aiter__()
             try:
+                until = time.monotonic() + self._request_s
                 while True:
-                    piece = await asyncio.wait_for(anext(stream, None), _SLOW_S)
+                    patience = min(self._pause_s, until - time.monotonic())
+                    piece = await asyncio.wait_for(anext(stream, None), patience)
                     if piece is None:
                         break
                     buffer += piece
@@ -173,7 +186,7 @@ class Artifacts:
             except (ClientDisconnect, TimeoutError):
                 # What came is kept; the client asks how much that is.
                 await run_in_threadpool(self.held.write, handle, buffer)
-                return _no(408, "the connection ended before the file did")
+                return _no(408, "the connection ended, or the time for one request, before the file did")
             await run_in_threadpool(self.held.write, handle, buffer)
             if os.fstat(handle).st_size < length:
                 return _part(place, 204)

@@ -86,7 +86,7 @@ def serve(options: Options, environ: Mapping[str, str], *, ready_file: Path | No
     metrics = GatewayMetrics()
     reception = Reception(intake, auth, limits, metrics, Aside(options.dir / "unknown", options.unknown_bytes))
     held = HeldFiles(options.dir / "artifacts", is_over=partial(nothing_waits, runs))
-    artifacts = _artifacts(options, held, auth, metrics)
+    artifacts = _artifacts(options, held, auth, reception)
     metrics.watch(
         intake.run_info,
         in_flight=lambda: reception.budget.in_flight,
@@ -263,14 +263,15 @@ def _shown(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
 
 
-def _artifacts(options: Options, held: HeldFiles, auth: Auth, metrics: GatewayMetrics) -> Artifacts:
+def _artifacts(options: Options, held: HeldFiles, auth: Auth, reception: Reception) -> Artifacts:
     return Artifacts(
         held,
         auth.caller,
         max_bytes=options.artifact_max_bytes if options.artifact_max_bytes is not None else 1 << 62,
         quota_bytes=options.artifact_quota,
         why_not=partial(why_not, options.dir / "runs"),
-        count=metrics.refused,
+        count=reception.metrics.refused,
+        budget=reception.budget,
     )
 
 

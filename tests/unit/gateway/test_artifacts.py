@@ -7,7 +7,7 @@ import http.client
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from tracelet.exporters.original import Changed, Original
 from tracelet.gateway.artifacts import Artifacts
 from tracelet.gateway.callers import Caller
 from tracelet.gateway.held import HeldFiles
-from tracelet.gateway.limits import Refused
+from tracelet.gateway.limits import Budget, Refused
 from tracelet.records import ArtifactLogged
 
 BYTES = os.urandom(20_000_000)
@@ -227,6 +227,58 @@ def test_too_large_is_never_taken_and_no_room_is_waited_for(tmp_path: Path, file
         assert no.value.loud
         data, sha = small(b"x" * 1000)
         assert gateway.append(data, 0, 1000, sha) == 201
+
+
+def begun(gateway: Gateway, data: bytes, length: int, sha: str) -> http.client.HTTPConnection:
+    """A PATCH that has sent `data` of `length` bytes, and goes on."""
+    connection = http.client.HTTPConnection(urlsplit(gateway.address).netloc, timeout=0.05)
+    connection.putrequest("PATCH", f"/v1/artifacts/r1/{sha}")
+    sent = {"Authorization": "Bearer a-token", "Upload-Offset": "0", "Upload-Length": str(length)}
+    for name, value in {**sent, "Content-Length": str(length)}.items():
+        connection.putheader(name, value)
+    connection.endheaders()
+    connection.send(data)
+    return connection
+
+
+def test_a_request_that_drips_for_too_long_gives_its_file_free_and_keeps_what_came(tmp_path: Path) -> None:
+    with running(tmp_path / "artifacts", request_s=1.0) as gateway:
+        data, sha = small(b"0123456789" * 100)
+        dripping = begun(gateway, data[:1], len(data), sha)
+        sent, answer, until = 1, b"", time.monotonic() + 30
+        while not answer:
+            assert time.monotonic() < until
+            try:
+                answer = dripping.sock.recv(1000)
+            except TimeoutError:  # not yet: one byte more, twenty times a second
+                dripping.send(data[sent : sent + 1])
+                sent += 1
+        dripping.close()
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        status, headers = gateway.ask("HEAD", f"/v1/artifacts/r1/{sha}", {})
+        there = int(headers["upload-offset"])
+        assert (status, 0 < there <= sent) == (200, True)
+        assert gateway.append(data[there:], there, len(data), sha) == 201
+
+
+def test_what_uploads_hold_in_memory_counts_with_all_requests_in_flight(tmp_path: Path) -> None:
+    budget = Budget(2_000_000)
+    with running(tmp_path / "artifacts", budget=budget) as gateway:
+        (large, sha), (other, other_sha) = small(os.urandom(2_000_000)), small(os.urandom(1_500_000))
+        slow = begun(gateway, large[:10], len(large), sha)
+        _persist_until(lambda: budget.in_flight > 1_000_000)
+        assert gateway.append(other, 0, len(other), other_sha) == 503
+        assert gateway.append(b"small", 0, 5, hashlib.sha256(b"small").hexdigest()) == 201
+        slow.close()
+        _persist_until(lambda: budget.in_flight == 0)
+        assert gateway.append(other, 0, len(other), other_sha) == 201
+
+
+def _persist_until(holds: Callable[[], bool]) -> None:
+    until = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize(
