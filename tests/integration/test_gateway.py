@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.arrivals import arrival, take
 from tests.recorded import LONG, decoded, record
-from tests.servers import MlflowServer, get_run, rows_of
-from tests.shipping import until
+from tests.servers import MlflowServer, Spoil, get_run, recording_proxy, rows_of
+from tests.shipping import START_NS, until
 from tests.sinks import Received
 from tracelet import backends, ids
 from tracelet.cli.main import main
@@ -150,6 +152,44 @@ def test_a_lost_run_has_the_tag_until_it_speaks_again(tmp_path: Path, mlflow_ser
         until(lambda: "tracelet.state" not in get_run(mlflow_server, found).data.tags, within_s=30)
     finally:
         intake.close()
+
+
+class Ahead:
+    """The time of day, some seconds ahead."""
+
+    ahead_s = 0.0
+    monotonic = staticmethod(time.monotonic)
+
+    def time_ns(self) -> int:
+        return time.time_ns() + round(self.ahead_s * 1e9)
+
+
+def test_a_run_of_two_writers_that_was_lost_while_mlflow_was_away_is_not_lost_in_it(
+    tmp_path: Path, mlflow_server: MlflowServer
+) -> None:
+    run_id, is_away = ids.new_run_id(), threading.Event()
+    away = Spoil(forward=False, answer=(503, b"", {"Retry-After": "1"}))
+    is_away.set()
+    with recording_proxy(mlflow_server.uri) as proxy:
+        proxy.rule = lambda seen: away if is_away.is_set() else Spoil()
+        destination, _ = backends.to_destination(backends.MLflow(tracking_uri=proxy.uri), {}, tmp_path)
+        clock = Ahead()
+        intake = Intake(tmp_path / "root", [destination], {}, {}, clock=clock)
+        intake.start()
+        try:
+            take(intake, arrival(run_id, attempt="a1", points=[("loss", 1.0, 0)]))
+            take(intake, arrival(run_id, attempt="a2", points=[("loss", 1.0, 1)], first=START_NS + 10**9))
+            clock.ahead_s = 4000.0
+            until(lambda: intake.run_info().lost == 1, within_s=30)  # said by the second one's writer
+            take(intake, arrival(run_id, attempt="a1", points=[("loss", 1.0, 2)], first=START_NS + 2 * 10**9))
+            assert intake.run_info().lost == 0  # and this by the first one's
+            is_away.clear()
+            found = mlflow_id(mlflow_server, run_id, "RUNNING")
+            until(lambda: len(rows_of(mlflow_server, found, "loss")) == 3, within_s=60)
+            until(lambda: intake.run_info().undelivered == 0, within_s=30)
+            assert "tracelet.state" not in get_run(mlflow_server, found).data.tags
+        finally:
+            intake.close()
 
 
 def test_the_commands_for_people_work_on_a_gateways_folder(

@@ -289,22 +289,39 @@ def test_lost_is_a_tag_that_the_next_sign_of_life_removes_and_never_a_status(
 ) -> None:
     exporter = opened_exporter(mlflow_server.uri, run)
     deliver(exporter, batch(run, started(), StateNoted(START_NS, "RUNNING")))  # a tag that is not there
-    lost = batch(run, StateNoted(START_NS, "LOST"), number=2)
+    lost = batch(run, StateNoted(START_NS + 1, "LOST"), number=2)
     deliver(exporter, lost, lost)
     found = get_run(mlflow_server, mlflow_id(exporter))
     assert (found.data.tags["tracelet.state"], found.info.status) == ("LOST", "RUNNING")
 
-    back = batch(run, StateNoted(START_NS, "RUNNING"), number=3)
+    back = batch(run, StateNoted(START_NS + 2, "RUNNING"), number=3)
     deliver(exporter, back, back)
     found = get_run(mlflow_server, mlflow_id(exporter))
     assert "tracelet.state" not in found.data.tags
     assert found.info.status == "RUNNING"
 
-    both = batch(run, StateNoted(START_NS, "LOST"), StateNoted(START_NS + 1, "RUNNING"), ended("FINISHED"), number=4)
+    both = (StateNoted(START_NS + 3, "LOST"), StateNoted(START_NS + 4, "RUNNING"))
+    both = batch(run, *both, ended("FINISHED"), number=4)
     deliver(exporter, both)
     found = get_run(mlflow_server, mlflow_id(exporter))
     assert "tracelet.state" not in found.data.tags
     assert found.info.status == "FINISHED"
+
+
+def test_lost_that_comes_after_what_ended_it_has_no_effect_over_restarts_too(
+    mlflow_server: MlflowServer, run: RunInfo
+) -> None:
+    """Two writers' files travel in batches of their own, and the order of these is anybody's."""
+    exporter = opened_exporter(mlflow_server.uri, run)
+    deliver(exporter, batch(run, started(), StateNoted(START_NS + 2, "RUNNING")))
+    deliver(exporter, batch(run, StateNoted(START_NS + 1, "LOST"), number=2))
+    assert "tracelet.state" not in get_run(mlflow_server, mlflow_id(exporter)).data.tags
+    with closing(MLflowExporter({"tracking_uri": mlflow_server.uri}, {}, {})) as again:
+        assert again.open(run, exporter.memory()) == Delivered()
+        deliver(again, batch(run, StateNoted(START_NS + 1, "LOST"), number=2))
+        assert "tracelet.state" not in get_run(mlflow_server, mlflow_id(again)).data.tags
+        deliver(again, batch(run, StateNoted(START_NS + 3, "LOST"), number=3))
+        assert get_run(mlflow_server, mlflow_id(again)).data.tags["tracelet.state"] == "LOST"
 
 
 def test_a_database_forgets_lost_too(tmp_path: Path, run: RunInfo) -> None:

@@ -334,11 +334,14 @@ class RunSpool:
             return True
 
     def _note(self, files: FileSet, state: str) -> None:
-        self._frame(files, StateNoted(self._terms.time_ns(), state), 0)
+        # They stand with different writers, and by their times the later one counts: over a clock set back, too.
+        now = max(self._terms.time_ns(), int(self.manifest.extra.get("noted_unix_nano", 0)) + 1)
+        self._frame(files, StateNoted(now, state), 0)
         for pen in self._pens.values():
             pen.wrote = pen.wrote or pen.files is files
         lost = state == LOST
-        self._change(lambda manifest: dataclasses.replace(manifest, extra={**manifest.extra, "lost": lost}))
+        noted = {"lost": lost, "noted_unix_nano": now}
+        self._change(lambda manifest: dataclasses.replace(manifest, extra={**manifest.extra, **noted}))
         if lost:
             logger.warning("run %s is LOST: nothing has come of it for long", self.run_id)
         else:

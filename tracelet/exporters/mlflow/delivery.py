@@ -372,16 +372,20 @@ class MLflowDelivery:
         self._spans.refusals.clear()
 
     def _send_state(self, plan: Plan) -> None:
-        """LOST is a tag and no end: whatever comes later takes it away."""
+        """LOST is a tag and no end: whatever was said later takes it away, be it in an earlier batch."""
+        noted = plan.state
+        if noted is None or noted.time_unix_nano < self._state.noted_unix_nano:
+            return
         try:
-            if plan.state == LOST:
+            if noted.state == LOST:
                 self._send_tags_once([(STATE_TAG, LOST)])
-            elif plan.state is not None:
+            else:
                 self._transport.delete_tag(self._run_id, STATE_TAG)
                 self._state.tags.pop(STATE_TAG, None)
         except Refused as no:
             self._check_run(no)
-            self._refuse(Refusal("tag", str(no), {"key": STATE_TAG, "value": plan.state}))
+            self._refuse(Refusal("tag", str(no), {"key": STATE_TAG, "value": noted.state}))
+        self._state.noted_unix_nano = noted.time_unix_nano
 
     def _refuse(self, refusal: Refusal | None) -> None:
         if refusal is not None:

@@ -65,15 +65,18 @@ class MLflowExporter:
         return Delivered()
 
     def memory(self) -> Mapping[str, Any]:
-        """{"run_id", "experiment_id", "artifact_uri", "link"} once the run exists; before, {}."""
+        """{"run_id", "experiment_id", "artifact_uri", "link"} once the run exists, and "noted_unix_nano" once a gateway
+        has noted a state; before, {}."""
         view = self._run.view if self._run is not None else None
-        if view is None:
+        if self._run is None or view is None:
             return {}
+        noted = self._run.noted_unix_nano
         return {
             "run_id": view.run_id,
             "experiment_id": view.experiment_id,
             "artifact_uri": without_credentials(view.artifact_uri),
             "link": self._link(view),
+            **({"noted_unix_nano": noted} if noted else {}),
         }
 
     def begin(self, batch: Batch, note: Mapping[str, Any] | None = None) -> Delivery:
@@ -110,7 +113,9 @@ class MLflowExporter:
                 " the data waits in the spool",
                 loud=True,
             )
-        return RunState(run, found.experiment_id, view)
+        state = RunState(run, found.experiment_id, view)
+        state.noted_unix_nano = int(memory.get("noted_unix_nano", 0))
+        return state
 
     def _known(self, run: RunInfo, memory: Mapping[str, Any], experiment_id: str) -> RunView | None:
         known = memory.get("run_id")

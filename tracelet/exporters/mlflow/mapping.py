@@ -93,7 +93,7 @@ class Plan:
     refusals: list[Refusal] = field(default_factory=list)
     ended: AttemptEnded | None = None
     spans: list[str] = field(default_factory=list)  # serialized ResourceSpans, in base64
-    state: str | None = None  # the last that a gateway noted
+    state: StateNoted | None = None  # the latest that a gateway noted
 
 
 # ---- points ------------------------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def plan_of(batch: Batch, rows: Sequence[MetricRow], params: Mapping[str, str], 
             elif isinstance(record, SpansReceived):
                 plan.made.spans.append(record.resource_spans)
             elif isinstance(record, StateNoted):
-                plan.made.state = record.state
+                plan.note_state(record)
             elif isinstance(record, AttemptEnded):
                 plan.made.ended = record
                 plan.add_params(record.params)
@@ -286,6 +286,12 @@ class _Planner:
             self.set_tag(_NAME_TAG, capped(name, RUN_NAME_CHARS))  # renames the run, too
             if len(name) > RUN_NAME_CHARS:
                 self.set_tag(RUN_NAME_TAG, name[:TAG_VALUE_CHARS])
+
+    def note_state(self, noted: StateNoted) -> None:
+        """The latest by its time: LOST and the word that ends it stand with different writers, in any order."""
+        known = self.made.state
+        if known is None or noted.time_unix_nano >= known.time_unix_nano:
+            self.made.state = noted
 
     def add_error(self, error: ErrorInfo | None) -> None:
         if error is None:

@@ -16,7 +16,7 @@ from tracelet.exporters.mlflow.mapping import (
     witness_of,
 )
 from tracelet.exporters.mlflow.rest import metrics_json
-from tracelet.records import Batch, ErrorInfo, ParamsLogged, Part, TagsSet
+from tracelet.records import Batch, ErrorInfo, ParamsLogged, Part, StateNoted, TagsSet
 
 RUN = run_info("r")
 MS = START_NS // 1_000_000
@@ -77,6 +77,12 @@ def test_the_last_value_of_a_tag_stands_even_if_the_run_has_it_already() -> None
     assert plan.tags == {}
     plan = plan_of(batch(RUN, TagsSet(1, {"t": "a"}), TagsSet(2, {"t": "b"})), [], {}, {"t": "a"})
     assert plan.tags == {"t": "b"}
+
+
+def test_of_two_states_that_were_noted_the_later_one_counts_wherever_it_stands() -> None:
+    back, lost = StateNoted(START_NS + 2, "RUNNING"), StateNoted(START_NS + 1, "LOST")
+    for records in ((back, lost), (lost, back)):
+        assert plan_of(batch(RUN, *records), [], {}, {}).state == back
 
 
 def test_a_param_that_went_back_to_its_first_value_is_told_so() -> None:
