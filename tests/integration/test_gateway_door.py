@@ -452,6 +452,12 @@ def test_what_was_acknowledged_survives_a_kill_and_a_repeat_is_not_stored_again(
             where = next(line for line in link().splitlines() if line.startswith("location:"))
             mlflow_id = where.rpartition("/")[2].strip()
             wait_until(lambda: len(rows_of(mlflow_server, mlflow_id, "loss")) == 50, 60)
+            assert where.split()[1].startswith(f"{mlflow_server.uri}/#/experiments/")
+        # To browsers MLflow may have another name: also for runs that are there already, and nobody speaks of.
+        second.options = (*second.options, "--mlflow-public", "http://localhost:5001/ml/")
+        with second.again():
+            public = next(line for line in link().splitlines() if line.startswith("location:"))
+        assert public.split()[1] == where.split()[1].replace(mlflow_server.uri, "http://localhost:5001/ml")
 
 
 def test_a_port_that_is_taken_is_an_error_in_a_line(

@@ -102,6 +102,12 @@ def test_each_name_of_the_env_file_is_used_and_each_that_is_used_is_there() -> N
     assert used == set(env_file())
 
 
+def test_links_to_runs_lead_where_a_browser_on_this_machine_finds_mlflow(composed: dict[str, Any]) -> None:
+    (port,) = composed["services"]["mlflow"]["ports"]
+    public = composed["services"]["gateway"]["environment"]["TRACELET_GATEWAY_MLFLOW_PUBLIC"]
+    assert public == f"http://localhost:{port['published']}"
+
+
 def test_no_password_stands_in_the_compose_file() -> None:
     text = (REPOSITORY / "docker-compose.yml").read_text()
     assert not [value for name, value in env_file().items() if "PASSWORD" in name and value in text]

@@ -29,6 +29,7 @@ _METAVARS = {
     "grpc_port": "PORT",
     "dir": "DIR",
     "mlflow": "URI",
+    "mlflow_public": "URL",
     "tokens": "FILE",
     "tls_cert": "FILE",
     "tls_key": "FILE",

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from google.rpc.status_pb2 import Status
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -49,13 +49,19 @@ GRPC_CODES: Mapping[int, int] = {
 
 
 def build_app(
-    reception: Reception, pool: ThreadPoolExecutor, *, runs: Path, routes: Sequence[BaseRoute] = ()
+    reception: Reception,
+    pool: ThreadPoolExecutor,
+    *,
+    runs: Path,
+    routes: Sequence[BaseRoute] = (),
+    mlflow_public: str | None = None,
 ) -> Starlette:
     """The application over `reception`; blocking work runs in `pool`.
 
     `runs` is the folder of the spool: it has to be writable for /readyz. `routes` are served beside it (artifacts).
+    `mlflow_public` is where people's browsers find MLflow, if that isn't where the gateway does.
     """
-    door = _Door(reception, pool, runs)
+    door = _Door(reception, pool, runs, mlflow_public)
     own: list[BaseRoute] = [
         *(Route(f"/v1/{signal}", door.export(signal), methods=["POST"]) for signal in SIGNALS),
         Route("/healthz", _healthy),
@@ -71,10 +77,13 @@ async def _healthy(_: Request) -> Response:
 
 
 class _Door:
-    def __init__(self, reception: Reception, pool: ThreadPoolExecutor, runs: Path) -> None:
+    def __init__(
+        self, reception: Reception, pool: ThreadPoolExecutor, runs: Path, mlflow_public: str | None = None
+    ) -> None:
         self._reception = reception
         self._pool = pool
         self._runs = runs
+        self._mlflow_public = mlflow_public
 
     def export(self, signal: Signal) -> Callable[[Request], object]:
         """The endpoint of one signal."""
@@ -160,13 +169,13 @@ class _Door:
     async def show(self, request: Request) -> Response:
         """To the run's page in MLflow, for links that know only the run's own id."""
         run_id = request.path_params["run_id"]
-        link = await asyncio.to_thread(_link, self._runs, run_id)
+        link = await asyncio.to_thread(_link, self._runs, run_id, self._mlflow_public)
         if link is None:
             return PlainTextResponse("no such run, or not in MLflow yet\n", 404)
         return RedirectResponse(link)
 
 
-def _link(runs: Path, run_id: str) -> str | None:
+def _link(runs: Path, run_id: str, mlflow_public: str | None) -> str | None:
     if run_id.startswith(".") or "/" in run_id or "\0" in run_id or len(run_id) > 255:
         return None
     folder = runs / run_id / "gateway"
@@ -176,6 +185,9 @@ def _link(runs: Path, run_id: str) -> str | None:
     progress.refresh()
     for destination in progress.destinations.values():
         link = destination.memory.get("link")
+        if mlflow_public is not None and link is not None:
+            experiment, run = (quote(str(destination.memory[key]), safe="") for key in ("experiment_id", "run_id"))
+            return f"{mlflow_public}/#/experiments/{experiment}/runs/{run}"
         if isinstance(link, str) and urlsplit(link).scheme in ("http", "https"):
             return link
     return None

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from tracelet import backends
 from tracelet.errors import ConfigError
@@ -31,6 +32,7 @@ class Options:
     grpc_port: int | None  # None: no gRPC
     dir: Path
     mlflow: str | None  # None: MLFLOW_TRACKING_URI
+    mlflow_public: str | None  # None: the same
     tokens: Path | None
     allow_anonymous: bool
     tls_cert: Path | None
@@ -54,6 +56,20 @@ def _text(value: object) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError("text that is not empty")
     return value.strip()
+
+
+def _web_address(value: object) -> str:
+    address = backends.without_credentials(_text(value)).rstrip("/")  # everybody is told it
+    parts = urlsplit(address)
+    if (
+        parts.scheme not in ("http", "https")
+        or not parts.hostname
+        or parts.query
+        or parts.fragment
+        or not address.isprintable()
+    ):
+        raise ValueError("a web address, such as https://mlflow.example.com")
+    return address
 
 
 def _port(value: object) -> int:
@@ -137,6 +153,13 @@ GATEWAY_SETTINGS: tuple[Setting, ...] = (
         _text,
         "`MLFLOW_TRACKING_URI`",
         "The MLflow server or database that runs go to. Credentials are read from MLflow's own variables.",
+    ),
+    Setting(
+        "mlflow_public",
+        "TRACELET_GATEWAY_MLFLOW_PUBLIC",
+        _web_address,
+        "the address that runs go to",
+        "Where people's browsers find that MLflow, for `/runs/<run id>`, if it has another name for them.",
     ),
     Setting(
         "tokens",

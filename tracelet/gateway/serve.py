@@ -158,7 +158,13 @@ class _Process:
 
     def _http(self) -> uvicorn.Server:
         limits = self._reception.limits
-        app = build_app(self._reception, self._pool, runs=self._options.dir / "runs", routes=self._artifacts.routes())
+        app = build_app(
+            self._reception,
+            self._pool,
+            runs=self._options.dir / "runs",
+            routes=self._artifacts.routes(),
+            mlflow_public=self._options.mlflow_public,
+        )
         return _Quiet(
             uvicorn.Config(
                 app,

@@ -31,12 +31,19 @@ def test_an_option_comes_before_the_environment_and_that_before_the_default() ->
         ("TRACELET_GATEWAY_ALLOW_ANONYMOUS", "perhaps"),
         ("TRACELET_LOST_AFTER", "soon"),
         ("TRACELET_GATEWAY_MAX_IN_FLIGHT", "1MiB"),
+        ("TRACELET_GATEWAY_MLFLOW_PUBLIC", "mlflow:5000"),
+        ("TRACELET_GATEWAY_MLFLOW_PUBLIC", "javascript:alert(1)"),
     ],
 )
 def test_a_wrong_value_is_an_error_that_names_it(name: str, value: str) -> None:
     with pytest.raises(ConfigError) as error:
         resolve({}, {**MLFLOW, name: value})
     assert value in str(error.value) or "max-in-flight" in str(error.value)
+
+
+def test_the_address_that_browsers_are_sent_to_has_no_password() -> None:
+    given = {"TRACELET_GATEWAY_MLFLOW_PUBLIC": "https://me:secret@ml.example.com/mlflow/"}
+    assert resolve({}, {**MLFLOW, **given}).mlflow_public == "https://ml.example.com/mlflow"
 
 
 def test_a_misspelt_name_is_an_error_that_names_the_right_one() -> None:
