@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import subprocess
 import sys
+import threading
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,12 +19,17 @@ from opentelemetry._logs import LogRecord, SeverityNumber
 from opentelemetry.sdk._logs import LoggerProvider
 from opentelemetry.sdk._logs.export import BatchLogRecordProcessor, LogRecordExportResult, SimpleLogRecordProcessor
 from opentelemetry.sdk.metrics import MeterProvider
-from opentelemetry.sdk.metrics.export import MetricExportResult, PeriodicExportingMetricReader
+from opentelemetry.sdk.metrics.export import (
+    InMemoryMetricReader,
+    MetricExportResult,
+    MetricsData,
+    PeriodicExportingMetricReader,
+)
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExportResult
 
-from tests.servers import MlflowServer, free_port, rows_of, run_of
+from tests.servers import MlflowServer, Seen, Spoil, free_port, recording_proxy, rows_of, run_of
 from tracelet.exporters.mlflow import sdk_runs
 from tracelet.exporters.mlflow.sdk import MLflowLogExporter, MLflowMetricExporter, MLflowSpanExporter
 from tracelet.otlp import resource_attributes
@@ -108,6 +115,67 @@ def test_without_mlflow_an_export_fails_in_time_and_says_so(
     with caplog.at_level(logging.WARNING, "tracelet"):
         assert exporter.export([a_span(resource)]) is SpanExportResult.FAILURE
     assert "1 items of run nowhere-1 are not in MLflow" in caplog.text
+
+
+def gauge_data(resource: Resource, values: dict[str, int]) -> MetricsData:
+    """So many points of each name, a step each."""
+    reader = InMemoryMetricReader()
+    meters = MeterProvider([reader], resource=resource, shutdown_on_exit=False)
+    for name, count in values.items():
+        gauge = meters.get_meter("tracelet").create_gauge(name)
+        for step in range(count):
+            gauge.set(float(step), {"tracelet.iteration": step})
+    data = reader.get_metrics_data()
+    assert data is not None
+    return data
+
+
+def test_an_mlflow_that_hangs_is_asked_once_in_the_time_that_an_export_has(at_the_end: Later) -> None:
+    """A read may be repeated, but not beyond that time, which is also the longest that one answer is waited for."""
+    asked: list[bytes] = []
+    listener = socket.create_server(("127.0.0.1", 0))
+    at_the_end(listener.close)
+
+    def take() -> None:
+        while True:
+            try:
+                taken, _ = listener.accept()
+            except OSError:
+                return
+            at_the_end(taken.close)
+            asked.append(taken.recv(1000))  # and never a word
+
+    threading.Thread(target=take, daemon=True).start()
+    at_the_end(lambda: listener.shutdown(socket.SHUT_RDWR))
+    # With this limit alone the one answer would be waited for ten minutes.
+    exporter = MLflowMetricExporter(f"http://127.0.0.1:{listener.getsockname()[1]}", timeout_s=600.0)
+    at_the_end(exporter.shutdown)
+    data = gauge_data(Resource(resource_attributes("sdk-project", "hangs")), {"a": 1})
+    assert exporter.export(data, timeout_millis=700) is MetricExportResult.FAILURE
+    assert [one.split()[0] for one in asked] == [b"GET"]
+
+
+def test_a_point_that_mlflow_refuses_keeps_no_other_from_it(
+    mlflow_server: MlflowServer, caplog: pytest.LogCaptureFixture, at_the_end: Later
+) -> None:
+    name = f"sdk-{uuid4().hex[:8]}"
+    no = (400, b'{"error_code": "INVALID_PARAMETER_VALUE", "message": "not this one"}', {})
+
+    def rule(seen: Seen) -> Spoil:
+        bad = seen.path.endswith("runs/log-batch") and b'"bad"' in seen.body
+        return Spoil(forward=False, answer=no) if bad else Spoil()
+
+    with recording_proxy(mlflow_server.uri) as proxy:
+        proxy.rule = rule
+        exporter = MLflowMetricExporter(proxy.uri)
+        data = gauge_data(Resource(resource_attributes("sdk-project", name)), {"bad": 1, "good": 1900})
+        with caplog.at_level(logging.WARNING, "tracelet"):
+            assert exporter.export(data, timeout_millis=60_000) is MetricExportResult.FAILURE
+        exporter.shutdown()
+    assert "1 items of run" in caplog.text
+    assert "not this one" in caplog.text
+    run = run_of(mlflow_server, name, project="sdk-project")
+    assert len(rows_of(mlflow_server, run.info.run_id, "good")) == 1900
 
 
 def a_span(resource: Resource) -> Any:

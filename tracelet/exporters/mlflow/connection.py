@@ -59,6 +59,8 @@ class Connection:
         self._through_proxy = False
         self._used_at = 0.0
         self.requests = 0
+        self.until: float | None = None
+        """Of the monotonic clock: no request begins after it, and none waits longer. None: each has its time-out."""
 
     def request(
         self,
@@ -78,7 +80,11 @@ class Connection:
             NotNow: the server was not reached; nothing was sent.
             Unclear: something was sent and no answer came.
         """
-        connection = self._connected()
+        limit_s = self._limit_s()
+        connection = self._connected(limit_s)
+        connection.timeout = limit_s
+        if connection.sock is not None:  # else http.client makes it anew, with this limit
+            connection.sock.settimeout(limit_s)
         target = self.prefix + path
         headers = {**self._headers, **(extra or {})}
         payload: bytes | Iterator[bytes] | None = body
@@ -114,7 +120,15 @@ class Connection:
             self._http.close()
             self._http = None
 
-    def _connected(self) -> http.client.HTTPConnection:
+    def _limit_s(self) -> float:
+        if self.until is None:
+            return self._timeout_s
+        left = self.until - time.monotonic()
+        if left <= 0:
+            raise NotNow(f"the time for this is over, and {self.origin} has not been asked")
+        return min(self._timeout_s, left)
+
+    def _connected(self, limit_s: float) -> http.client.HTTPConnection:
         if self._http is not None and time.monotonic() - self._used_at > _IDLE_S:
             self.close()
         if self._http is None:
@@ -122,7 +136,7 @@ class Connection:
             sent_as = authorization(self._secrets, self._environ)
             if sent_as is not None:
                 self._headers["Authorization"] = sent_as
-            fresh = self._new()
+            fresh = self._new(limit_s)
             try:
                 fresh.connect()
             except (OSError, http.client.HTTPException) as error:
@@ -132,7 +146,7 @@ class Connection:
             self._http = fresh
         return self._http
 
-    def _new(self) -> http.client.HTTPConnection:
+    def _new(self, limit_s: float) -> http.client.HTTPConnection:
         parts, secure = self._parts, self._parts.scheme == "https"
         host, port = parts.hostname or "", parts.port or (443 if secure else 80)
         proxy = _proxy_for(parts, self._environ)
@@ -141,9 +155,9 @@ class Connection:
         self._through_proxy = proxy is not None and not secure
         connection: http.client.HTTPConnection
         if context is not None:
-            connection = http.client.HTTPSConnection(*at, timeout=self._timeout_s, context=context, blocksize=_CHUNK)
+            connection = http.client.HTTPSConnection(*at, timeout=limit_s, context=context, blocksize=_CHUNK)
         else:
-            connection = http.client.HTTPConnection(*at, timeout=self._timeout_s, blocksize=_CHUNK)
+            connection = http.client.HTTPConnection(*at, timeout=limit_s, blocksize=_CHUNK)
         if proxy is not None:
             said = _basic(proxy.username, proxy.password) if proxy.username else None
             if secure:

@@ -85,6 +85,12 @@ class MLflowExporter:
             raise RuntimeError("begin() before open() was answered with Delivered")
         return MLflowDelivery(self._transport, self._artifacts, self._run, batch, note)
 
+    def limit(self, until: float | None) -> None:
+        """Ask the server nothing after `until` (of the monotonic clock), and wait for no answer longer. A database has
+        limits of its own."""
+        if self._connection is not None:
+            self._connection.until = until
+
     def beat(self, batch: Batch, heartbeat: Heartbeat) -> None:
         """Nothing: MLflow has no sign of life, and a tag every 30 s would be a row's rewrite for nobody."""
 

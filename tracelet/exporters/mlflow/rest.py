@@ -26,7 +26,7 @@ class RestTransport:
         self.connection = connection
 
     def experiment_by_name(self, name: str) -> ExperimentView | None:
-        """One GET, tried twice: a read may be repeated."""
+        """One GET, tried twice: a read may be repeated while there is time."""
         found = self._get("experiments/get-by-name", {"experiment_name": name})
         if found is None:
             return None

@@ -13,7 +13,7 @@ from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
 from tracelet import settings
 from tracelet.backends import MLflow, to_destination
-from tracelet.exporters.mlflow.sdk_runs import Runs, leave, shared
+from tracelet.exporters.mlflow.sdk_runs import Missing, Runs, leave, shared
 from tracelet.guard import guard, logger
 from tracelet.otlp.decode import Decoded, decode_logs, decode_metrics, decode_traces
 
@@ -56,13 +56,14 @@ class _Exporting:
         sent = True
         for arrival in decoded.arrivals:
             if self._is_shut:
-                why: str | None = "the exporter has been shut down"
+                missing: Missing | None = Missing(arrival.items, "the exporter has been shut down")
             else:
-                why = self._all_runs().deliver(arrival, until)
-            if why is not None:
+                missing = self._all_runs().deliver(arrival, until)
+            if missing is not None:
                 sent = False
+                run_id = arrival.run.run_id
                 # Each time, not once a minute: what it tells of is gone.
-                logger.warning("%d items of run %s are not in MLflow: %s", arrival.items, arrival.run.run_id, why)
+                logger.warning("%d items of run %s are not in MLflow: %s", missing.items, run_id, missing.why)
         return sent
 
     def shut_down(self) -> None:

@@ -11,19 +11,26 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
-from tracelet.exporters.base import Answer, Delivered, Rejected, RetryLater
+from tracelet.exporters.base import Answer, Refusal, Rejected, RetryLater
 from tracelet.exporters.mlflow.exporter import MLflowExporter
 from tracelet.guard import guard
 from tracelet.otlp.decode import Arrival, AttemptEnd
 from tracelet.records import AttemptEnded, Batch, Part, PointBatch, Record, WriterOpened
 
-__all__ = ["Runs", "leave", "shared"]
+__all__ = ["Missing", "Runs", "leave", "shared"]
 
 _EXACT = ("event", "span")
 _BACK_OFF_S = 0.5
+
+
+class Missing(NamedTuple):
+    """How many items of an export are not in MLflow, and why."""
+
+    items: int
+    why: str
 
 
 class Runs:
@@ -36,8 +43,8 @@ class Runs:
         self._stopping = threading.Event()
         self.users = 0
 
-    def deliver(self, arrival: Arrival, until: float) -> str | None:
-        """Why MLflow does not have all of `arrival` at `until` (of the monotonic clock); None if it has."""
+    def deliver(self, arrival: Arrival, until: float) -> Missing | None:
+        """What of `arrival` MLflow does not have at `until` (of the monotonic clock), and why; None if it has all."""
         with self._lock:
             run = self._runs.get(arrival.run.run_id)
             if run is None:
@@ -66,41 +73,50 @@ class _Run:
         # Where a batch raises no latest value MLflow gets a row named after this folder: one of this process.
         self._folder = f"sdk-{uuid.uuid4().hex}"
 
-    def deliver(self, arrival: Arrival, until: float) -> str | None:
+    def deliver(self, arrival: Arrival, until: float) -> Missing | None:
         if not self._lock.acquire(timeout=max(0.0, until - time.monotonic())):
-            return "another thread's export to the same run has not come through"
+            return Missing(arrival.items, "another thread's export to the same run has not come through")
         try:
-            if not self._open:
-                why = self._tried(lambda: self._exporter.open(arrival.run, {}), until)
-                if why is not None:
-                    return why
-                self._open = True
-            for batch in self._batches_of(arrival):
-                delivery = self._exporter.begin(batch)
-                why = self._tried(delivery.attempt, until)
-                if why is not None:
-                    return why
+            self._exporter.limit(until)
+            return self._deliver(arrival, until)
         finally:
+            self._exporter.limit(None)
             self._lock.release()
-        return None
+
+    def _deliver(self, arrival: Arrival, until: float) -> Missing | None:
+        if not self._open:
+            answer = self._tried(lambda: self._exporter.open(arrival.run, {}), until)
+            if isinstance(answer, RetryLater):
+                return Missing(arrival.items, answer.reason)
+            self._open = True
+        refused: list[Refusal] = []
+        through = 0  # points; what else there is goes with the first batch
+        for batch in self._batches_of(arrival):
+            answer = self._tried(self._exporter.begin(batch).attempt, until)
+            if isinstance(answer, RetryLater):
+                left = (len(arrival.points or ()) - through) if through else arrival.items
+                return Missing(left + len(refused), answer.reason)
+            through += sum(len(part.points) for part in batch.parts)
+            if isinstance(answer, Rejected):
+                refused.extend(answer.items)  # these alone: what comes after them is as good as before
+        if not refused:
+            return None
+        first = refused[0]
+        return Missing(len(refused), f"MLflow refused {len(refused)} of it, the first a {first.what}: {first.reason}")
 
     def close(self) -> None:
         with self._lock:
             self._exporter.close()
 
-    def _tried(self, attempt: Any, until: float) -> str | None:
-        """Why `attempt` did not come through in time, or not whole."""
+    def _tried(self, attempt: Callable[[], Answer], until: float) -> Answer:
+        """The final answer to `attempt`, or the last one in time."""
         while True:
-            answer: Answer = attempt()
-            if isinstance(answer, Delivered):
-                return None
-            if isinstance(answer, Rejected):
-                first = answer.items[0]
-                return f"MLflow refused {len(answer.items)} of it, the first a {first.what}: {first.reason}"
-            assert isinstance(answer, RetryLater)
+            answer = attempt()
+            if not isinstance(answer, RetryLater):
+                return answer
             wait = _BACK_OFF_S if answer.after_s is None else answer.after_s
             if time.monotonic() + wait >= until or self._stopping.wait(wait):
-                return answer.reason
+                return answer
 
     def _batches_of(self, arrival: Arrival) -> Iterator[Batch]:
         start = arrival.started_unix_nano or arrival.first_unix_nano or time.time_ns()
