@@ -19,7 +19,12 @@ __all__ = ["FILE", "MAX_BYTES", "Pieces", "Whole"]
 
 FILE = "pieces.jsonl"
 MAX_BYTES = 64 * 2**20
-"""Of a run's unfinished values; beyond it the one that has waited longest is given up."""
+"""Of a run's unfinished values in memory; beyond it the one that has waited longest is given up."""
+
+SLACK = 2**20
+"""Bytes that the file may have beyond twice what is unfinished, until it is written anew."""
+
+_PIECE_BYTES = 1024  # what a piece takes beside its text: else empty ones would take all memory, and count nothing
 
 _Key = tuple[str, ...]
 
@@ -43,17 +48,22 @@ class Whole:
 class Pieces:
     """The unfinished values of one run. Used under the run's lock.
 
-    Each piece is a line of a file before `take` returns; the file is emptied when nothing is unfinished.
+    Each piece is a line of a file before `take` returns; the file is emptied when nothing is unfinished, and written
+    anew when most of it is about values that are done.
     """
 
-    def __init__(self, folder: Path, make: Any, *, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(self, folder: Path, make: Any, *, max_bytes: int = MAX_BYTES, slack: int = SLACK) -> None:
         """`make(**fields)` builds a `Piece` of what stands in a line."""
         self._path = folder / FILE
         self._max_bytes = max_bytes
+        self._slack = slack
         self._open: dict[_Key, dict[int, Piece]] = {}
         self._bytes = 0
+        self._lines: dict[_Key, int] = {}  # bytes in the file
+        self._file_bytes = self._live_bytes = 0
         self._fd = -1
         self._load(make)
+        self._shorten()
 
     def _load(self, make: Any) -> None:
         try:
@@ -69,22 +79,26 @@ class Pieces:
                 if "done" in body:
                     self._drop(tuple(body["done"]))
                 else:
-                    self._add(tuple(body["of"]), make(**body["piece"]))
+                    self._add(tuple(body["of"]), make(**body["piece"]), len(line))
             except (ValueError, TypeError, KeyError):
                 logger.warning("a line of %s can't be read; the value it belongs to stays unfinished", self._path)
             good += len(line)
-        if good < len(data) or not self._open:
-            os.truncate(self._path, good if self._open else 0)
+        self._file_bytes = good if self._open else 0
+        if self._file_bytes < len(data):
+            os.truncate(self._path, self._file_bytes)
 
-    def _add(self, key: _Key, piece: Piece) -> None:
+    def _add(self, key: _Key, piece: Piece, line: int) -> None:
         held = self._open.setdefault(key, {})
         if piece.index not in held:
             held[piece.index] = piece
-            self._bytes += len(piece.text)
+            self._bytes += len(piece.text) + _PIECE_BYTES
+            self._lines[key] = self._lines.get(key, 0) + line
+            self._live_bytes += line
 
     def _drop(self, key: _Key) -> None:
         for piece in self._open.pop(key, {}).values():
-            self._bytes -= len(piece.text)
+            self._bytes -= len(piece.text) + _PIECE_BYTES
+        self._live_bytes -= self._lines.pop(key, 0)
 
     @property
     def unfinished(self) -> int:
@@ -100,9 +114,9 @@ class Pieces:
         key = _key(instance, piece)
         held = self._open.get(key, {})
         if piece.index not in held:
-            if piece.count > 1:
-                self._append({"of": key, "piece": asdict(piece)})
-            self._add(key, piece)
+            line = _line_of(key, piece) if piece.count > 1 else b""
+            self._append(line)
+            self._add(key, piece, len(line))
         held = self._open[key]
         if len(held) < piece.count:
             self._make_room(key)
@@ -126,20 +140,49 @@ class Pieces:
         self._drop(key)
         if not self._open and self._fd >= 0:
             os.ftruncate(self._fd, 0)
+            self._file_bytes = 0
         elif piece.count > 1:
-            self._append({"done": key})
+            self._append(_line({"done": key}))
+            self._shorten()
 
     def _make_room(self, newest: _Key) -> None:
         while self._bytes > self._max_bytes:
             oldest = next((key for key in self._open if key != newest), newest)
             logger.warning("gives up a long value that lacks pieces (%s): too many wait for theirs", oldest[2])
             self._drop(oldest)
-            self._append({"done": oldest})
+            self._append(_line({"done": oldest}))
+            self._shorten()
 
-    def _append(self, body: Mapping[str, Any]) -> None:
+    def _append(self, line: bytes) -> None:
+        if not line:
+            return
         if self._fd < 0:
             self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        os.write(self._fd, json.dumps(body).encode("ascii") + b"\n")
+        self._file_bytes += os.write(self._fd, line)
+
+    def _shorten(self) -> None:
+        """Write what is unfinished into a new file, where the old one is mostly about what is done.
+
+        That is flushed before it takes the old one's place: whoever waits for a flush of the old one has it too.
+        """
+        if self._file_bytes <= 2 * self._live_bytes + self._slack:
+            return
+        new = self._path.with_name(f"{FILE}.new")
+        with guard("shorten the file of long values"):  # else it stays as long as it is
+            with open(new, "wb") as file:
+                for key, held in self._open.items():
+                    file.writelines(_line_of(key, piece) for piece in held.values())
+                file.flush()
+                os.fsync(file.fileno())
+                size = file.tell()
+            os.replace(new, self._path)
+            folder = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+            self.close()
+            self._file_bytes = size
 
     def to_sync(self) -> list[int]:
         """A duplicate of the descriptor that a flush is about, for the caller to flush and to close."""
@@ -151,6 +194,14 @@ class Pieces:
         if fd >= 0:
             with guard("close the pieces of long values"):
                 os.close(fd)
+
+
+def _line_of(key: _Key, piece: Piece) -> bytes:
+    return _line({"of": key, "piece": asdict(piece)})
+
+
+def _line(body: Mapping[str, Any]) -> bytes:
+    return json.dumps(body).encode("ascii") + b"\n"
 
 
 def _key(instance: str, piece: Piece) -> _Key:

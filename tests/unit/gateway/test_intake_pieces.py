@@ -77,12 +77,55 @@ def test_a_torn_last_line_is_cut_off(tmp_path: Path) -> None:
     again.close()
 
 
+def test_a_value_that_never_ends_does_not_make_the_file_grow_for_ever(tmp_path: Path) -> None:
+    held = Pieces(tmp_path, Piece, slack=10_000)
+    unfinished = pieces(key="tracelet.param.unfinished")
+    held.take("x", unfinished[0])
+    one_piece = (tmp_path / FILE).stat().st_size
+    for n in range(30):
+        for piece in pieces(text=f"{n} " * 5_000, key=f"tracelet.param.{n}"):
+            if held.take("x", piece) is not None:
+                held.done("x", piece)
+    assert (tmp_path / FILE).stat().st_size < 3 * one_piece + 40_000
+    held.close()
+    again = Pieces(tmp_path, Piece, slack=10_000)
+    assert again.unfinished == 1
+    assert again.take("x", unfinished[2]) is None
+    whole = again.take("x", unfinished[1])
+    assert whole is not None
+    assert whole.text == TEXT
+    again.close()
+
+
+def test_a_file_that_grew_before_is_short_after_a_start(tmp_path: Path) -> None:
+    long = Pieces(tmp_path, Piece, slack=10**9)
+    first, *_ = pieces(key="tracelet.param.unfinished")
+    long.take("x", first)
+    for piece in pieces(text="ab" * 500_000, key="tracelet.param.done"):
+        if long.take("x", piece) is not None:
+            long.done("x", piece)
+    long.close()
+    assert (tmp_path / FILE).stat().st_size > 1_000_000
+    again = Pieces(tmp_path, Piece, slack=10_000)
+    assert (tmp_path / FILE).stat().st_size < 300_000
+    assert again.unfinished == 1
+    again.close()
+
+
+def test_pieces_without_text_are_bounded_as_well(tmp_path: Path) -> None:
+    held = Pieces(tmp_path, Piece, max_bytes=100_000, slack=10_000)
+    for index in range(1, 1001):
+        held.take("x", Piece("tracelet.params", "tracelet.param.empty", index, 10**6, "0" * 64, "", START_NS, ""))
+    assert (tmp_path / FILE).stat().st_size < 100_000  # a hundred of them at the most, and not all
+    held.close()
+
+
 def test_what_waits_is_bounded(tmp_path: Path) -> None:
-    held = Pieces(tmp_path, Piece, max_bytes=100_000)
+    held = Pieces(tmp_path, Piece, max_bytes=110_000)
     for n in range(10):
         held.take("x", pieces(key=f"tracelet.param.{n}")[0])
     assert held.unfinished == 5
     held.close()
-    again = Pieces(tmp_path, Piece, max_bytes=100_000)
+    again = Pieces(tmp_path, Piece, max_bytes=110_000)
     assert again.unfinished == 5
     again.close()
