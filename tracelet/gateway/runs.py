@@ -150,7 +150,10 @@ class RunSpool:
         return newest is not None and newest.ended is not None
 
     def writers(self) -> frozenset[str]:
-        """The writers whose files are open here: alive, as far as a shipper is concerned."""
+        """The writers whose files are open here: alive, as far as a shipper is concerned.
+
+        One is among them before its files can be seen in the folder, and until the last byte is written to them.
+        """
         return frozenset(pen.files.writer for pen in list(self._pens.values()))
 
     def heads(self) -> dict[str, Address]:
@@ -235,7 +238,7 @@ class RunSpool:
             while len(self._pens) >= PENS:
                 self._drop(min(self._pens, key=lambda one: self._pens[one].used_at))
             opened = self._opening(arrival.attempt_key, arrival.rank, arrival.resource, self._time_of(arrival))
-            pen = self._pens[rank] = self._open(opened)
+            pen = self._open(rank, opened)
         return pen
 
     def _opening(self, key: str, rank: int, resource: Mapping[str, Scalar], time_unix_nano: int) -> WriterOpened:
@@ -243,7 +246,7 @@ class RunSpool:
         started = time_unix_nano if attempt is None else attempt.started_unix_nano
         return WriterOpened(time_unix_nano, "first", os.getpid(), rank, key, started, dict(resource))
 
-    def _open(self, opened: WriterOpened) -> _Pen:
+    def _open(self, rank: _Rank, opened: WriterOpened) -> _Pen:
         kind, payload = codec.encode(opened)
         files = FileSet(
             self.folder,
@@ -253,9 +256,17 @@ class RunSpool:
             self._terms.admit,
             sync_at_roll=self._terms.sync,
         )
-        files.appear()
+        # Alive first, visible then: a shipper that sees files of nobody takes their writer for dead, for good. Its lane
+        # reads no more of them, and they are sealed under our hands.
+        pen = self._pens[rank] = _Pen(files, time.monotonic())
+        try:
+            files.appear()
+        except BaseException:
+            del self._pens[rank]
+            files.discard()
+            raise
         self._new_files = True
-        return _Pen(files, time.monotonic())
+        return pen
 
     def _drop(self, rank: _Rank) -> None:
         """Close files that a write may have left with open slots; readers pass over these once the writer is gone."""
@@ -329,7 +340,7 @@ class RunSpool:
             if rank is None:
                 opened = self._known_opening(newest)
                 rank = (newest.key, opened.rank, str(opened.resource.get("service.instance.id", "")))
-                self._pens[rank] = self._open(opened)
+                self._open(rank, opened)
             self._note(self._pens[rank].files, LOST)
             return True
 

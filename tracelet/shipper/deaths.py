@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tracelet.guard import guard
+
 __all__ = ["Deaths", "exit_code", "lock_holder"]
 
 _LINUX = sys.platform.startswith("linux")
@@ -109,6 +111,20 @@ class Deaths:
     def is_dead(self, writer: str) -> bool:
         """The writer's process was gone when last looked at; what it wrote is all there is."""
         return writer in self._dead
+
+    def is_surely_dead(self, writer: str) -> bool:
+        """The same, asked once more where that is possible: before what a living writer would not survive.
+
+        A lock that is free is free for good. Only who has the writers in its own process can have answered too early;
+        such a writer counts as alive again, and is read on.
+        """
+        if writer not in self._dead:
+            return False
+        if self._is_alive is None or not self._is_alive(writer):
+            return True
+        self._dead.discard(writer)
+        guard.limited("dead too early", "writer %s was taken for dead, and lives: its files are read on", writer)
+        return False
 
     def was_seen_alive(self, writer: str) -> bool:
         """This shipper saw the writer alive, so it knows when it died."""

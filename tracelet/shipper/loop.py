@@ -82,7 +82,7 @@ class Lane:
         self._lettered = False  # its dead letters are on disk
         self._resumed = False  # the batch in hand was under way when a shipper died
         self._positions: dict[str, Position] = dict(self._journal.positions)
-        self._drained: set[str] = set()  # writers of which nothing is left to read, for good
+        self._drained: set[str] = set()  # writers of which nothing is left to read, as long as they are over
         self._not_before = 0.0
         self.active_at = clock.monotonic()
         self._beat_at: float | None = None
@@ -211,7 +211,8 @@ class Lane:
         now = self._clock.monotonic()
         before = gathered.slots
         # A notebook's workers come and go by the thousand: those of which nothing can come cost nothing here.
-        writers = [writer for writer in self._site.writers if writer not in self._drained]
+        site = self._site
+        writers = [writer for writer in site.writers if writer not in self._drained or not site.is_over(writer)]
         limit = exporter.max_points
         # In order of appearance, but each only its share at first: one at full speed must not starve its siblings.
         greedy = []

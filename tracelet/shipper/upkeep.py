@@ -72,7 +72,7 @@ class Upkeep:
         """Seal what nobody writes to any more: all but the last segment, and that one too once the writer is over."""
         if self._sealed.get(writer) == -1:
             return
-        over = self._site.deaths.is_dead(writer)
+        over = self._site.deaths.is_surely_dead(writer)  # a seal over what is still being written is damage
         done = self._sealed.get(writer, 0)
         for segment in segments if over else segments[:-1]:
             if segment <= done:

@@ -75,10 +75,11 @@ class FileSet:
             self.segment: Segment = self._new_segment(1)
             self.frame(*opening)
         except BaseException:
-            self._discard()
+            self.discard()
             raise
 
-    def _discard(self) -> None:
+    def discard(self) -> None:
+        """Take back files that never appeared."""
         self._lock.discard()
         if hasattr(self, "_frame_writer"):
             self._frame_writer.close()

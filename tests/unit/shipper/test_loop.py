@@ -593,3 +593,32 @@ def test_a_deleted_folder_is_no_news_for_a_shipper_that_is_leaving(bench: Bench)
     made.close()
     shutil.rmtree(bench.folder)
     assert not made.site.has_news()  # it would take the lock again, find nothing, leave, and so on for ever
+
+
+def test_a_writer_that_was_taken_for_dead_and_lives_is_not_sealed(bench: Bench) -> None:
+    asked: list[str] = []
+
+    def alive(name: str) -> bool:
+        asked.append(name)
+        return len(asked) > 1  # the first answer came too early
+
+    bench.writer.log("loss", 1.0, 0)
+    made = shipment(bench.folder, {"a": InMemoryExporter()}, alive)
+    made.tick()
+    assert not made.site.deaths.is_dead(asked[0])
+    made.close()
+    assert not list(bench.folder.glob("*.seal"))
+
+
+def test_a_writer_that_was_taken_for_dead_and_lives_is_read_on(bench: Bench) -> None:
+    exporter = InMemoryExporter()
+    lane = bench.lane(exporter)
+    bench.writer.log("loss", 1.0, 0)
+    name = str(bench.writer.writer_id)
+    bench.alive.dead.add(name)
+    bench.settle(lane)
+    bench.alive.dead.discard(name)
+    assert not bench.site.deaths.is_surely_dead(name)
+    bench.writer.log("loss", 2.0, 1)
+    bench.settle(lane)
+    assert len(exporter.store.points()) == 2
