@@ -99,11 +99,12 @@ class Doorway:
         self, method: str, path: str, headers: Mapping[str, str], body: Sequence[bytes], *, stalls: bool = False
     ) -> Answer:
         """One request; with `stalls` its body never ends."""
-        return asyncio.run(self._ask(method, path, headers, list(body), stalls))
+        return asyncio.run(self.answered(method, path, headers, list(body), stalls))
 
-    async def _ask(
-        self, method: str, path: str, headers: Mapping[str, str], pieces: list[bytes], stalls: bool
+    async def answered(
+        self, method: str, path: str, headers: Mapping[str, str], pieces: list[bytes], stalls: bool = False
     ) -> Answer:
+        """The same, for a test that has a loop of its own."""
         said: list[Any] = []
 
         async def receive() -> dict[str, Any]:

@@ -113,19 +113,19 @@ class _Door:
 
     async def _receive(self, signal: Signal, kind: str, request: Request) -> None:
         reception, headers = self._reception, request.headers
-        caller = reception.admit(headers)
+        with reception.request(headers) as taking:
+            sent = await self._sent(signal, kind, request, taking.held)
+            await taking.taken(sent, self._pool)
+
+    async def _sent(self, signal: Signal, kind: str, request: Request, held: Held) -> Sent:
+        headers, limits = request.headers, self._reception.limits
         if kind not in (PROTOBUF, JSON):
             raise Refused(415, "content type", f"the content type {kind[:100]!r} is not {PROTOBUF} or {JSON}")
         encoding = _ENCODINGS.get(headers.get("content-encoding", "").strip().lower())
         if encoding is None:
             raise Refused(415, "content encoding", "the content encoding is not gzip, deflate or identity")
-        limits = reception.limits
         longest = limits.max_body if encoding == "identity" else limits.max_compressed
-        with reception.budget.hold() as held:
-            body = await self._body(request, longest, held)
-            loop = asyncio.get_running_loop()
-            sent = Sent(signal, body, encoding, kind)
-            await loop.run_in_executor(self._pool, reception.take, sent, caller, held)
+        return Sent(signal, await self._body(request, longest, held), encoding, kind)
 
     async def _body(self, request: Request, longest: int, held: Held) -> bytes:
         """The body, as far as it may be long, and fast enough."""

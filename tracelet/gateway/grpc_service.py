@@ -21,6 +21,7 @@ from grpc import aio
 
 from tracelet.gateway.app import GRPC_CODES, PROTOBUF
 from tracelet.gateway.limits import BUSY_AGAIN_S, Encoding, Refused
+from tracelet.gateway.places import Crowded, Places
 from tracelet.gateway.reception import Reception, Sent, Signal
 from tracelet.guard import guard
 
@@ -60,8 +61,11 @@ class _Service:
         self._reception = reception
         self._pool = pool
         limits = reception.limits
-        # A message is whole in memory before it is seen: so only as many are read at once as there is room for.
-        self._reading = asyncio.Semaphore(max(4, limits.max_in_flight // max(limits.max_body, 1)))
+        self._places = Places(
+            max(4, limits.max_in_flight // max(limits.max_body, 1)),
+            crowded_s=limits.crowded_s,
+            max_waiting=limits.max_connections,
+        )
 
     def export(self, signal: Signal) -> Callable[..., Any]:
         """The method `Export` of one service."""
@@ -77,6 +81,9 @@ class _Service:
                 await self._receive(signal, metadata, context)
             except Refused as error:
                 refused = self._reception.toward(error, metadata)
+            except asyncio.CancelledError:  # its deadline is over, or it has hung up
+                metrics.refused("client left")
+                raise
             except Exception as error:  # noqa: BLE001 - a fault of ours: INTERNAL would make a collector drop its data
                 metrics.refused("fault")
                 guard.note(f"take a request of {signal}", error)
@@ -94,20 +101,18 @@ class _Service:
         return endpoint
 
     async def _receive(self, signal: Signal, metadata: Mapping[str, str], context: Any) -> None:
-        reception = self._reception
-        caller = reception.admit(metadata)
-        with reception.budget.hold() as held:
+        with self._reception.request(metadata) as taking:
             message = await self._message(context)
-            held.add(len(message))
-            sent = Sent(signal, message, _encoding(message), PROTOBUF)
-            loop = asyncio.get_running_loop()
-            await loop.run_in_executor(self._pool, reception.take, sent, caller, held)
+            taking.held.add(len(message))
+            await taking.taken(Sent(signal, message, _encoding(message), PROTOBUF), self._pool)
 
     async def _message(self, context: Any) -> bytes:
         limits = self._reception.limits
         try:
-            async with asyncio.timeout(limits.body_timeout_s), self._reading:
+            async with asyncio.timeout(limits.body_timeout_s), self._places.one():
                 message = await context.read()
+        except Crowded as error:
+            raise Refused(503, "busy", f"this call makes way: {error}", retry_after_s=BUSY_AGAIN_S) from None
         except TimeoutError:
             # Retryable by the OTLP specification, as is UNAVAILABLE.
             raise Refused(408, "slow", "the message did not arrive in time", retry_after_s=BUSY_AGAIN_S) from None

@@ -35,6 +35,15 @@ class Limits:
     body_timeout_s: float = 60.0  # for all of a body
     threads: int = 16  # requests being decoded and written at once
     max_connections: int = 1000
+    crowded_s: float = 2.0  # how long a call of gRPC may take over its message while others wait for its place
+
+    @property
+    def max_items(self) -> int:
+        """How many messages, JSON objects or lists a request may hold: far more than telemetry that means something.
+
+        The densest we know, points of tracelet with nothing but their iteration, are one for each sixteen bytes.
+        """
+        return self.max_body // 8
 
 
 class Refused(Exception):
@@ -54,8 +63,11 @@ class Refused(Exception):
 class Held:
     """The bytes of one request in the budget."""
 
-    def __init__(self, take: Callable[[int], None]) -> None:
+    def __init__(self, take: Callable[[int], None], give_back: Callable[[int], None]) -> None:
         self._take = take
+        self._give_back = give_back
+        self._lock = threading.Lock()
+        self._is_given_back = False
         self.count = 0
 
     def add(self, count: int) -> None:
@@ -64,8 +76,18 @@ class Held:
         Raises:
             Refused: all requests together hold too much; 503.
         """
-        self._take(count)
-        self.count += count
+        with self._lock:  # with `give_back`: what is added after it would stay for good
+            if self._is_given_back:
+                return
+            self._take(count)
+            self.count += count
+
+    def give_back(self) -> None:
+        """Nothing of the request is in memory any more; again is no harm."""
+        with self._lock:
+            if not self._is_given_back:
+                self._is_given_back = True
+                self._give_back(self.count)
 
 
 class Budget:
@@ -90,12 +112,15 @@ class Budget:
     @contextmanager
     def hold(self) -> Iterator[Held]:
         """Room for one request, given back at the end of the block."""
-        held = Held(self._take)
+        held = Held(self._take, self._give_back)
         try:
             yield held
         finally:
-            with self._lock:
-                self.in_flight -= held.count
+            held.give_back()
+
+    def _give_back(self, count: int) -> None:
+        with self._lock:
+            self.in_flight -= count
 
     def _take(self, count: int) -> None:
         with self._lock:

@@ -1,13 +1,16 @@
 """One request, whatever brought it: who sends it, what it says, into the spool; or the refusal its sender understands.
 
-HTTP and gRPC both end here. `take` returns only when the spool has the data on the disk: what it returns may be
+HTTP and gRPC both end here. `taken` returns only when the spool has the data on the disk: what it returned for may be
 acknowledged.
 """
 
 from __future__ import annotations
 
+import asyncio
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, NamedTuple, Protocol
 
 from tracelet.errors import TraceletError
@@ -20,7 +23,7 @@ from tracelet.guard import guard
 from tracelet.otlp import decode
 from tracelet.otlp.decode import Decoded
 
-__all__ = ["DECODERS", "SIGNALS", "Reception", "Sent", "Signal", "TakesDecoded"]
+__all__ = ["DECODERS", "SIGNALS", "Reception", "Sent", "Signal", "TakesDecoded", "Taking"]
 
 Signal = Literal["metrics", "logs", "traces"]
 SIGNALS: tuple[Signal, ...] = ("metrics", "logs", "traces")
@@ -42,6 +45,29 @@ class Sent(NamedTuple):
     data: bytes
     encoding: Encoding
     content_type: str  # the media type alone
+
+
+class Taking:
+    """One request's way through the reception, with the room that it holds there meanwhile."""
+
+    def __init__(self, reception: Reception, caller: Caller, held: Held, room: ExitStack) -> None:
+        self._reception = reception
+        self._caller = caller
+        self._room = room
+        self.held = held
+
+    async def taken(self, sent: Sent, pool: ThreadPoolExecutor) -> None:
+        """Return once what was sent is stored; in a thread of `pool`.
+
+        Raises:
+            Refused: it isn't acknowledged; see `Refused.http`.
+        """
+        work = pool.submit(self._reception.take, sent, self._caller, self.held)
+        # Whoever waits here may be gone (a deadline, a cancelled call) while the thread is still at it: the room is
+        # the thread's now. Work that has not begun by then is not begun.
+        room = self._room.pop_all()
+        work.add_done_callback(lambda _: room.close())
+        await asyncio.wrap_future(work)
 
 
 class TakesDecoded(Protocol):
@@ -86,6 +112,17 @@ class Reception:
         if self.stopping.is_set():
             raise Refused(503, "stopping", "the gateway is about to stop: come again", retry_after_s=1.0)
         return self._auth.caller(headers)
+
+    @contextmanager
+    def request(self, headers: Mapping[str, str]) -> Iterator[Taking]:
+        """Admit one request, and keep count of what it holds until nobody needs it any more.
+
+        Raises:
+            Refused: as `admit`.
+        """
+        caller = self.admit(headers)
+        with ExitStack() as room:
+            yield Taking(self, caller, room.enter_context(self.budget.hold()), room)
 
     def take(self, sent: Sent, caller: Caller, held: Held) -> None:
         """Inflate, decode and store one request; called in a worker thread.
