@@ -179,6 +179,51 @@ def _peak_kb(gateway: GatewayProcess) -> int:
     return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
 
 
+@pytest.mark.parametrize(
+    ("body", "content_type"),
+    [
+        (b'{"resourceMetrics":[' + b"{}," * 660_000 + b"{}]}", "application/json"),
+        (b'{"x":[' + b"[]," * 660_000 + b"[]]}", "application/json"),
+        (b"\x0a\x00" * 1_000_000, "application/x-protobuf"),
+    ],
+)
+def test_two_kilobytes_that_would_become_a_million_objects_are_413_and_take_no_memory(
+    lonely: GatewayProcess, body: bytes, content_type: str
+) -> None:
+    before = _peak_kb(lonely)
+    packed = gzip.compress(body)
+    assert len(packed) < 5_000
+    headers = {"Content-Encoding": "gzip", "Content-Type": content_type}
+    assert [lonely.post("metrics", packed, headers)[0] for _ in range(3)] == [413] * 3
+    assert _peak_kb(lonely) - before < 15_000
+    assert lonely.post("metrics", POINTS)[0] == 200
+
+
+@pytest.mark.parametrize("signal_", ["metrics", "logs", "traces"])
+def test_as_many_empty_messages_as_are_taken_at_once_take_bounded_memory(lonely: GatewayProcess, signal_: str) -> None:
+    resource = points_request(count=0).resource_metrics[0].resource.SerializeToString()
+    scope = b"\x0a\x0a\x0a\x08tracelet" + b"\x12\x00" * 260_000  # metrics, log records, spans: the same number
+    inner = b"\x0a" + _length(resource) + resource + b"\x12" + _length(scope) + scope
+    before = _peak_kb(lonely)
+    threads = [
+        threading.Thread(target=lonely.post, args=(signal_, b"\x0a" + _length(inner) + inner)) for _ in range(16)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert _peak_kb(lonely) - before < 600_000  # 256 MiB for what is decoded at once, and what threads keep of it
+    assert lonely.post("metrics", POINTS)[0] == 200
+
+
+def _length(content: bytes) -> bytes:
+    size, out = len(content), bytearray()
+    while size > 127:
+        out.append(size & 127 | 128)
+        size >>= 7
+    return bytes((*out, size))
+
+
 def test_grpc_is_told_the_same(lonely: GatewayProcess) -> None:
     assert call(lonely.grpc, POINTS)[0] is grpc.StatusCode.OK
     assert call(lonely.grpc, POINTS, compression=grpc.Compression.Gzip)[0] is grpc.StatusCode.OK

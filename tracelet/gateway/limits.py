@@ -1,19 +1,32 @@
 """How much may come in: sizes, bytes in flight, time; and the refusal that says what was too much.
 
 Everything here is checked while bytes arrive, so that neither a huge body nor a small one that inflates to a huge one
-is ever whole in memory.
+is ever whole in memory; and before they are decoded, since small bytes may become large messages.
 """
 
 from __future__ import annotations
 
+import re
 import threading
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["BUSY_AGAIN_S", "Budget", "Encoding", "Held", "Limits", "Refused", "inflate"]
+__all__ = [
+    "BUSY_AGAIN_S",
+    "Budget",
+    "Encoding",
+    "Held",
+    "Limits",
+    "Refused",
+    "Turns",
+    "inflate",
+    "too_large",
+    "too_many",
+]
 
 MIB = 1 << 20
 
@@ -134,7 +147,46 @@ class Budget:
             self.in_flight += count
 
 
-_STEP = 256 * 1024
+_GROWS = 128
+"""What a byte of a body may become while it is decoded: an empty message is two bytes of it, and then 90 to 250."""
+
+
+class Turns:
+    """Lets only so many bodies be decoded at once as there is room for what they may become, in the order they came.
+
+    They all want the same interpreter: who waits here would wait for that. A body too large for the room has all of it.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max = max_bytes
+        self._taken = 0
+        self._queue: deque[object] = deque()
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def of(self, body: bytes) -> Iterator[None]:
+        """Wait for room for this body; it is given back at the end of the block."""
+        size, mine = min(len(body) * _GROWS, self._max), object()
+        with self._changed:
+            self._queue.append(mine)
+            while self._queue[0] is not mine or self._taken + size > self._max:
+                self._changed.wait()
+            self._queue.popleft()
+            self._taken += size
+            self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._taken -= size
+                self._changed.notify_all()
+
+
+_STEP = 256 * 1024  # bytes that come out at once
+_FED = 16 * 1024  # bytes that go in at once; zlib copies what a member leaves of them
+_MEMBERS = 10_000
+"""Of one gzip stream: what cuts its output into members makes some hundred of a body."""
+_PADDING = re.compile(rb"\0*")
 
 
 def inflate(data: bytes, encoding: Encoding, max_bytes: int, held: Held | None = None) -> bytes:
@@ -144,7 +196,8 @@ def inflate(data: bytes, encoding: Encoding, max_bytes: int, held: Held | None =
     inflates to is counted in `held` while it grows.
 
     Raises:
-        Refused: it is longer (413), is no such stream or is cut off (400), or there is no room just now (503).
+        Refused: it is longer or in very many members (413), is no such stream or is cut off (400), or there is no room
+            just now (503).
 
     Examples:
         >>> import gzip
@@ -169,23 +222,44 @@ def inflate(data: bytes, encoding: Encoding, max_bytes: int, held: Held | None =
 
 def _inflate(data: bytes, window: int, max_bytes: int, held: Held | None) -> bytes:
     parts: list[bytes] = []
-    size = 0
-    while True:
+    size = at = 0
+    given = memoryview(data)
+    for _ in range(_MEMBERS):
         stream = zlib.decompressobj(window)
         while not stream.eof:
-            piece = stream.decompress(data, _STEP)
-            data = stream.unconsumed_tail
+            fed: bytes | memoryview = stream.unconsumed_tail
+            if not fed:
+                fed = given[at : at + _FED]
+                at += len(fed)
+            piece = stream.decompress(fed, _STEP)
             size += len(piece)
             if size > max_bytes:
                 raise too_large(max_bytes)
             if held is not None:
                 held.add(len(piece))
             parts.append(piece)
-            if not piece and not data and not stream.eof:
+            if not piece and not fed and not stream.eof:
                 raise zlib.error("it is cut off")
-        data = stream.unused_data.lstrip(b"\0") if window == 31 else b""  # gzip: padding, or another member
-        if not data:
+        if window == 31:  # gzip: padding, or another member
+            at = _end_of_padding(data, at - len(stream.unused_data))
+        if window != 31 or at == len(data):
             return b"".join(parts)
+    raise Refused(413, "too large", f"the gzip stream is cut into more than {_MEMBERS} members: send it as one")
+
+
+def _end_of_padding(data: bytes, at: int) -> int:
+    found = _PADDING.match(data, at)
+    return at if found is None else found.end()
+
+
+def too_many(max_items: int) -> Refused:
+    """The refusal of a request that is small as bytes and would be huge once decoded."""
+    return Refused(
+        413,
+        "too large",
+        f"the request holds more than {max_items} messages or objects, which is one for each eight bytes of what this"
+        " gateway takes: send smaller batches (TRACELET_GATEWAY_MAX_BODY is the limit here)",
+    )
 
 
 def too_large(max_bytes: int) -> Refused:

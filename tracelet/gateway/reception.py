@@ -17,10 +17,10 @@ from tracelet.errors import TraceletError
 from tracelet.gateway.aside import Aside
 from tracelet.gateway.auth import WIRE_VERSION_HEADER, Auth
 from tracelet.gateway.callers import Caller, Forbidden, Full, IntakeInfo, Taken
-from tracelet.gateway.limits import BUSY_AGAIN_S, Budget, Encoding, Held, Limits, Refused, inflate
+from tracelet.gateway.limits import BUSY_AGAIN_S, Budget, Encoding, Held, Limits, Refused, Turns, inflate, too_many
 from tracelet.gateway.metrics import GatewayMetrics
 from tracelet.guard import guard
-from tracelet.otlp import decode
+from tracelet.otlp import decode, measure
 from tracelet.otlp.decode import Decoded
 
 __all__ = ["DECODERS", "SIGNALS", "Reception", "Sent", "Signal", "TakesDecoded", "Taking"]
@@ -96,6 +96,7 @@ class Reception:
         self.limits = limits
         self.metrics = metrics
         self.budget = Budget(limits.max_in_flight)
+        self._turns = Turns(limits.max_in_flight)
         self.stopping = threading.Event()
         """Set: nothing new is taken (503), what is being taken is finished."""
         self._intake = intake
@@ -130,19 +131,28 @@ class Reception:
         Raises:
             Refused: it isn't acknowledged; see `Refused.http`.
         """
-        signal = sent.signal
         body = inflate(sent.data, sent.encoding, self.limits.max_body, held)
-        message = self._parsed(signal, body, sent.content_type)
-        decoded = self._decoded(signal, message)
+        decoded = self._understood(sent.signal, body, sent.content_type)
         if decoded is None:
             return
-        foreign, unknown = decoded.foreign, sum(decoded.unknown.values())
-        if unknown:
+        taken = self._stored(decoded, caller)
+        self.metrics.took(sent.signal, taken, foreign=decoded.foreign, unknown=sum(decoded.unknown.values()))
+
+    def _understood(self, signal: Signal, body: bytes, content_type: str) -> Decoded | None:
+        """What a body says; what can't be understood of it is set aside."""
+        if measure.holds_more(signal, body, content_type, self.limits.max_items):
+            raise too_many(self.limits.max_items)
+        with self._turns.of(body):  # without the waiting for the disk, in which all requests are together
+            return self._read(signal, body, content_type)
+
+    def _read(self, signal: Signal, body: bytes, content_type: str) -> Decoded | None:
+        message = self._parsed(signal, body, content_type)
+        decoded = self._decoded(signal, message)
+        if decoded is not None and decoded.unknown:
             versions = ", ".join(repr(version)[:40] for version in sorted(decoded.unknown)[:5])
             why = f"its wire version ({versions}) is of a major this release doesn't know"
             self._set_aside(signal, message, "unknown wire version", why)
-        taken = self._stored(decoded, caller)
-        self.metrics.took(signal, taken, foreign=foreign, unknown=unknown)
+        return decoded
 
     def _parsed(self, signal: Signal, body: bytes, content_type: str) -> Any:
         try:

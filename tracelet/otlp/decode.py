@@ -12,6 +12,7 @@ the start's environment. Never raises, whatever a well-formed message holds.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from tracelet.otlp import semconv
@@ -49,22 +50,20 @@ def decode_metrics(request: ExportMetricsServiceRequest) -> Decoded:
     """
     tally, arrivals = Tally(), []
     for resource in request.resource_metrics:
-        scopes = [
-            (scope.scope.name, metric, count_points(metric))
-            for scope in resource.scope_metrics
-            for metric in scope.metrics
-        ]
-        items = sum(count for _, _, count in scopes)
+        counts = [sum(map(count_points, scope.metrics)) for scope in resource.scope_metrics]
+        items = sum(counts)
         owner = owner_of(resource.resource, items, tally)
         if owner is None:
             continue
         columns, state = Columns(), _State()
         before = tally.foreign
-        for scope, metric, count in scopes:
-            if scope == semconv.SCOPE:
-                columns.add(metric, tally)
-            elif scope == semconv.RUN_SCOPE:
-                state.add(metric)
+        for scope, count in zip(resource.scope_metrics, counts, strict=True):
+            if scope.scope.name == semconv.SCOPE:
+                for metric in scope.metrics:
+                    columns.add(metric, tally)
+            elif scope.scope.name == semconv.RUN_SCOPE:
+                for metric in scope.metrics:
+                    state.add(metric)
             else:
                 tally.add_foreign("another scope", count)
         items -= tally.foreign - before
@@ -88,13 +87,13 @@ def decode_logs(request: ExportLogsServiceRequest) -> Decoded:
             continue
         before = tally.foreign
         events = Events(owner, tally)
-        ours: list[Any] = []
+        ours = []
         for scope in resource.scope_logs:
             if scope.scope.name == semconv.SCOPE:
-                ours += scope.log_records
+                ours.append(scope.log_records)
             else:
                 tally.add_foreign("another scope", len(scope.log_records))
-        events.take(ours)
+        events.take(chain.from_iterable(ours))
         items -= tally.foreign - before
         if items:
             arrivals.append(

@@ -8,7 +8,7 @@ from typing import Any
 
 from tracelet.errors import Malformed
 
-__all__ = ["Malformed", "parse"]
+__all__ = ["Malformed", "is_json", "message_of", "parse"]
 
 _IDS = frozenset(("traceId", "spanId", "parentSpanId", "trace_id", "span_id", "parent_span_id"))
 _JSON = "application/json"
@@ -30,11 +30,10 @@ def parse(signal: str, body: bytes, content_type: str) -> Any:
         >>> len(parse("logs", b'{"resourceLogs": []}', "application/json; charset=utf-8").resource_logs)
         0
     """
-    kind = content_type.partition(";")[0].strip().lower()
-    message = _message(signal)
-    if kind == _JSON:
+    message = message_of(signal)
+    if is_json(content_type):
         return _from_json(signal, message, body)
-    if kind not in _PROTOBUF:
+    if _kind(content_type) not in _PROTOBUF:
         raise ValueError(f"content type {content_type!r} is none of OTLP's: {_PROTOBUF[0]}, {_JSON}")
     from google.protobuf.message import DecodeError
 
@@ -45,7 +44,21 @@ def parse(signal: str, body: bytes, content_type: str) -> Any:
     return message
 
 
-def _message(signal: str) -> Any:
+def _kind(content_type: str) -> str:
+    return content_type.partition(";")[0].strip().lower()
+
+
+def is_json(content_type: str) -> bool:
+    """Whether a body of this content type is JSON."""
+    return _kind(content_type) == _JSON
+
+
+def message_of(signal: str) -> Any:
+    """An empty Export...ServiceRequest of `signal`.
+
+    Raises:
+        ValueError: there is no such signal.
+    """
     if signal == "metrics":
         from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 
@@ -65,10 +78,10 @@ def _from_json(signal: str, message: Any, body: bytes) -> Any:
     from google.protobuf.json_format import ParseDict
 
     try:
-        plain = json.loads(body)
+        plain = json.loads(body, object_hook=_with_base64_ids)
         if not isinstance(plain, dict):
             raise ValueError("no JSON object")
-        ParseDict(_base64_ids(plain), message, ignore_unknown_fields=True)
+        ParseDict(plain, message, ignore_unknown_fields=True)
     except Exception as error:
         # Not ParseError alone: of odd types protobuf's reader raises whatever Python does at them (an infinite
         # integer is an OverflowError). Nothing but the body can be at fault here.
@@ -76,18 +89,13 @@ def _from_json(signal: str, message: Any, body: bytes) -> Any:
     return message
 
 
-def _base64_ids(value: Any) -> Any:
-    # OTLP has the ids in hexadecimal where protobuf's own mapping reads base64.
-    if isinstance(value, dict):
-        return {
-            key: base64.b64encode(bytes.fromhex(inner)).decode()
-            if key in _IDS and isinstance(inner, str)
-            else _base64_ids(inner)
-            for key, inner in value.items()
-        }
-    if isinstance(value, list):
-        return [_base64_ids(inner) for inner in value]
-    return value
+def _with_base64_ids(values: dict[str, Any]) -> dict[str, Any]:
+    # OTLP has the ids in hexadecimal where protobuf's own mapping reads base64. In place, while it is read: a second
+    # copy of a large body would be the larger half of what it takes.
+    for key in _IDS & values.keys():
+        if isinstance(values[key], str):
+            values[key] = base64.b64encode(bytes.fromhex(values[key])).decode()
+    return values
 
 
 def _first_line(error: BaseException) -> str:

@@ -30,6 +30,7 @@ _OF_THE_EVENT = (semconv.EVENT, semconv.EVENT_PART, semconv.EVENT_PARTS)
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 _CUT = "\0"  # before the name of a value of which only the beginning is there
 _PREFIXES = {semconv.EVENT_PARAMS: semconv.PARAM_PREFIX, semconv.EVENT_TAGS: semconv.TAG_PREFIX}
+_EVENTS = (semconv.EVENT_STARTED, semconv.EVENT_ARTIFACT, semconv.EVENT_ENDED, *_PREFIXES)
 _MAX_PIECES = 1_000_000
 
 
@@ -100,7 +101,10 @@ class Events:
             event = record.event_name or str(values.get(semconv.EVENT, ""))
             time = record.time_unix_nano or record.observed_time_unix_nano
             if semconv.CHUNK_KEY not in values:
-                in_order.append((event, time, values))
+                if event in _EVENTS:  # others are not even kept till the end: there may be a million of them
+                    in_order.append((event, time, values))
+                else:
+                    self._tally.add_foreign("log record that is no event of ours")
                 continue
             piece = _piece(event, time, record, values)
             if piece is None:
@@ -119,6 +123,7 @@ class Events:
                 self.records.append(each)
 
     def _one(self, event: str, time: int, values: dict[str, Scalar], texts: Mapping[tuple[str, str], str]) -> None:
+        """One of `_EVENTS`."""
         for name in _OF_THE_EVENT:
             values.pop(name, None)
         made: Record | None
@@ -141,16 +146,13 @@ class Events:
             if made is None:
                 self._tally.add_foreign("artifact without a usable name")
                 return
-        elif event == semconv.EVENT_ENDED:
+        else:
             state = values.get(semconv.STATE)
             if state not in ENDS:
                 self._tally.add_foreign("end without a state")
                 return
             self.times.append(time)
             self.ended = AttemptEnd(str(state), time, error_of(_completed(values, texts)), "event")
-            return
-        else:
-            self._tally.add_foreign("log record that is no event of ours")
             return
         self.times.append(time)
         self.records.append(made)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
 import logging
+import threading
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportM
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from tests.gateway_fakes import Doorway, points_request, service_request
+from tests.shipping import until
 from tracelet.gateway.callers import Caller, Forbidden, Full
 from tracelet.gateway.limits import Limits
 from tracelet.guard import guard
@@ -158,6 +161,42 @@ def test_requests_in_flight_are_bounded_together(tmp_path: Path) -> None:
     answer = door.post("metrics", bytes(101))
     assert (answer.status, answer.headers["retry-after"]) == (503, "5")
     assert door.reception.budget.in_flight == 0
+    door.close()
+
+
+def test_a_request_whose_task_is_cancelled_holds_memory_only_as_long_as_the_work_goes_on(door: Doorway) -> None:
+    entered, may_go = threading.Event(), threading.Event()
+
+    def wait(decoded: Decoded, caller: Caller) -> None:
+        entered.set()
+        assert may_go.wait(30)
+
+    door.intake.rule = wait
+    budget = door.reception.budget
+
+    async def leave() -> None:
+        headers = {"content-type": "application/x-protobuf"}
+        asking = asyncio.create_task(door.answered("POST", "/v1/metrics", headers, [POINTS]))
+        assert await asyncio.to_thread(entered.wait, 30)
+        asking.cancel()  # uvicorn does so when its time of grace is over
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        assert budget.in_flight == len(POINTS)
+        may_go.set()
+
+    asyncio.run(leave())
+    until(lambda: budget.in_flight == 0)
+
+
+def test_a_request_of_very_many_messages_is_413_before_it_is_decoded(tmp_path: Path) -> None:
+    decoded: list[object] = []
+    door = Doorway(tmp_path, limits=Limits(max_body=8_000), decoders={"metrics": decoded.append})  # type: ignore[dict-item]
+    json_ = {"content-type": "application/json"}
+    assert door.post("metrics", b"\x0a\x00" * 1001).status == 413
+    answer = door.post("metrics", b'{"resourceMetrics":[' + b"{}," * 1000 + b"{}]}", json_)
+    assert (answer.status, "1000 messages or objects" in answer.body.decode()) == (413, True)
+    assert decoded == []
+    assert door.number('refused_total{reason="too large"}') == 2
     door.close()
 
 
