@@ -56,7 +56,7 @@ class RootLock:
     """The right to write in a gateway's spool; held by one process, until release or death."""
 
     def __init__(self, root: Path) -> None:
-        self._path = Path(root) / "gateway.lock"
+        self._path = Path(root) / ".gateway.lock"  # beside the runs' folders: no run id begins with a point
         self._fd = -1
 
     def acquire(self) -> None:

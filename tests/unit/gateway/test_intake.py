@@ -107,7 +107,7 @@ def test_a_run_id_that_could_leave_the_spool_makes_no_folder(tmp_path: Path) -> 
     root = tmp_path / "root"
     with started(root, Memory()) as intake:
         assert take(intake, arrival("../../etc", points=[("a", 1.0, 1)])).points == 0
-    assert [path.name for path in root.iterdir()] == ["gateway.lock"]
+    assert [path.name for path in root.iterdir()] == [".gateway.lock"]
 
 
 def test_a_full_spool_acknowledges_nothing_and_takes_it_later(tmp_path: Path) -> None:

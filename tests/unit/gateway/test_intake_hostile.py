@@ -62,6 +62,25 @@ def test_times_names_and_values_at_their_limits_are_stored(tmp_path: Path) -> No
     ]
 
 
+def test_runs_named_like_what_lies_in_a_gateways_folder_are_runs_like_others(tmp_path: Path) -> None:
+    (tmp_path / "before").mkdir()
+    with started(tmp_path / "before", Memory()) as intake:
+        take(intake, arrival("a-run", points=[("loss", 0.5, 1)]))
+    made = {path.name for path in (tmp_path / "before").rglob("*")}
+    names = {name for name in made if name[0].isalnum()} | {name.lstrip(".") for name in made}
+    names |= {"gateway.lock", "gateway", "unknown", "artifacts", "delivered", "a.", "a..", "x.part", "a" * 128}
+    memory = Memory()
+    with started(tmp_path / "runs", memory) as intake:
+        for name in sorted(names):
+            good_run_goes_on(intake, memory, name)
+    again = Memory()
+    with started(tmp_path / "runs", again) as intake:
+        assert intake.run_info().runs == len(names)
+        for name in sorted(names):
+            take(intake, arrival(name, points=[("loss", 0.25, 2)]))
+        until(lambda: all(again.points(name) for name in names))
+
+
 def test_a_request_of_five_hundred_instances_and_attempts_is_taken(tmp_path: Path) -> None:
     memory = Memory()
     one = arrival("many", points=[("a", 1.0, 1)])
