@@ -30,7 +30,7 @@ class _Round:
 
     def __init__(self) -> None:
         self.things: dict[Flushable, None] = {}
-        self.failed: dict[Flushable, OSError] = {}
+        self.failed: dict[Flushable, BaseException] = {}
         self.done = False
 
 
@@ -50,7 +50,7 @@ class GroupCommit:
         """Return when what was written to `things` before is flushed.
 
         Raises:
-            OSError: one of them could not be flushed.
+            OSError: one of them could not be flushed; whatever else its flush has raised, in whoever's thread it ran.
         """
         mine = list(things)
         with self._changed:
@@ -73,7 +73,8 @@ class GroupCommit:
             for thing in joined.things:
                 try:
                     thing.flush()
-                except OSError as error:
+                except BaseException as error:  # noqa: BLE001 - whatever it is, others wait for this flush too, and each
+                    # of them has to hear that it failed: they would acknowledge what may not be on the disk
                     joined.failed[thing] = error
         finally:
             with self._changed:

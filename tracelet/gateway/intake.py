@@ -203,21 +203,31 @@ class Intake:
                 return run, run.keep(arrival)
 
     def _run(self, run: RunInfo, owner: str) -> RunSpool:
-        with self._lock:
-            found = self._runs.get(run.run_id)
-            if found is not None:
-                return found
-            making = self._making.setdefault(run.run_id, threading.Lock())
-        with making:  # a long run's frames are read here, and nobody else shall wait for that
+        while True:
             with self._lock:
                 found = self._runs.get(run.run_id)
-            if found is None:
-                found = RunSpool(self._terms, run, owner)
+                if found is not None:
+                    return found
+                making = self._making.setdefault(run.run_id, threading.Lock())
+            with making:  # a long run's frames are read here, and nobody else shall wait for that
                 with self._lock:
-                    self._runs[run.run_id] = found
-                    self._known.add(run.run_id)
-                    self._making.pop(run.run_id, None)
-            return found
+                    found = self._runs.get(run.run_id)
+                    mine = self._making.get(run.run_id) is making
+                if found is not None:
+                    return found
+                if mine:  # else whoever was here before could not make it, and a third one may be at it by now
+                    return self._made(run, owner)
+
+    def _made(self, run: RunInfo, owner: str) -> RunSpool:
+        try:
+            made = RunSpool(self._terms, run, owner)
+            with self._lock:
+                self._runs[run.run_id] = made
+                self._known.add(run.run_id)
+            return made
+        finally:
+            with self._lock:
+                self._making.pop(run.run_id, None)
 
     def _check_project(self, run_id: str, project: str, caller: Caller) -> None:
         if caller.projects is not None and project not in caller.projects:

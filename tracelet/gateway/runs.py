@@ -383,24 +383,33 @@ class RunSpool:
             digests = self._repeats.take_unwritten()
             new_files, self._new_files = self._new_files, False
             pens = [pen for pen in self._pens.values() if pen.wrote]
+            descriptors, self._to_sync = self._to_sync, []
+            try:
+                for pen in pens:
+                    descriptors += pen.files.to_sync() if self._terms.sync else []
+                descriptors += self._pieces.to_sync() if self._terms.sync else []
+            except BaseException:
+                self._to_sync = descriptors  # the next flush has them, and closes them
+                self._not_flushed(digests, pens)
+                raise
             for pen in pens:
                 pen.wrote = False
-            descriptors = [fd for pen in pens for fd in pen.files.to_sync()] if self._terms.sync else []
-            descriptors += self._pieces.to_sync() if self._terms.sync else []
-            descriptors, self._to_sync = descriptors + self._to_sync, []
         try:
             flush_all(descriptors)
             if new_files and self._terms.sync:
                 flush_names(self.folder, self._terms.root)
             with self.lock:
                 self._repeats.write(digests)
-        except OSError:
+        except BaseException:
             with self.lock:
-                self._repeats.forget(digests)
-                self._new_files = True
-                for pen in pens:
-                    pen.wrote = True
+                self._not_flushed(digests, pens)
             raise
+
+    def _not_flushed(self, digests: list[bytes], pens: list[_Pen]) -> None:
+        self._repeats.forget(digests)
+        self._new_files = True
+        for pen in pens:
+            pen.wrote = True
 
     def close_quiet(self, after_s: float, now: float) -> bool:
         """Close the files that nothing was written to for so long; whether none is open any more."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -199,8 +200,6 @@ def test_what_was_not_delivered_is_delivered_by_the_next_gateway(tmp_path: Path)
 
 
 def test_many_callers_share_a_flush(tmp_path: Path) -> None:
-    import threading
-
     memory = Memory()
     with started(tmp_path, memory, sync=True) as intake:
         threads = [
@@ -233,3 +232,28 @@ def test_a_run_of_very_many_instances_holds_few_files_open_and_loses_nothing(tmp
         assert len(intake._runs["run-1"].writers()) <= 256
         until(lambda: len(memory.points("run-1")) == 400)
     assert {value for _, value, _, _ in memory.points("run-1")} == {float(rank) for rank in range(400)}
+
+
+def test_a_run_whose_folder_could_not_be_made_is_made_once_it_can_be(tmp_path: Path) -> None:
+    memory = Memory()
+    with started(tmp_path, memory) as intake:
+        (tmp_path / "run-1").write_text("in the way")
+        one = arrival(points=[("a", 1.0, 1)])
+        refused: list[BaseException] = []
+
+        def ask() -> None:
+            try:
+                take(intake, one)
+            except Full as error:
+                refused.append(error)
+
+        threads = [threading.Thread(target=ask) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(refused) == 8
+        assert intake._making == {}
+        (tmp_path / "run-1").unlink()
+        assert take(intake, one).points == 1
+        until(lambda: memory.points("run-1"))

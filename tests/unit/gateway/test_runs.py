@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,4 +99,31 @@ def test_files_that_could_not_appear_are_nobodys_and_gone(tmp_path: Path, monkey
     monkeypatch.setattr(FileSet, "appear", appear)
     assert run.keep(arrival(points=[("a", 1.0, 1)])).points == 1
     assert SpoolReader(run.folder).writers() == tuple(run.writers())
+    run.close()
+
+
+@pytest.mark.parametrize("at", ["to_sync", "fdatasync"])
+@pytest.mark.parametrize("error", [OSError(24, "Too many open files"), RuntimeError("bug")])
+def test_what_a_flush_did_not_bring_to_the_disk_is_stored_again_and_flushed_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str, error: Exception
+) -> None:
+    terms = Terms(tmp_path, (destination("mlflow"),), lambda size: None, Piece, whole, sync=True)
+    run = RunSpool(terms, arrival().run, "")
+    one = arrival(points=[("a", 1.0, 1)])
+    run.keep(one)
+
+    def fail(*_: object) -> None:
+        raise error
+
+    synced: list[int] = []
+    fdatasync = os.fdatasync
+    with monkeypatch.context() as patch:
+        patch.setattr(*((FileSet, "to_sync") if at == "to_sync" else (os, "fdatasync")), fail)
+        with pytest.raises(type(error)):
+            run.flush()
+    assert not run.keep(one).repeat
+    monkeypatch.setattr(os, "fdatasync", lambda fd: (synced.append(fd), fdatasync(fd)))
+    run.flush()
+    assert len(synced) == 2  # frames and slots
+    assert run.keep(one).repeat
     run.close()
