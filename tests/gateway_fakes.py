@@ -27,6 +27,7 @@ class RememberingIntake:
 
     taken: list[tuple[Decoded, Caller]] = field(default_factory=list)
     rule: Callable[[Decoded, Caller], None] = field(default=lambda decoded, caller: None)
+    info: IntakeInfo = field(default_factory=IntakeInfo)
 
     def take(self, decoded: Decoded, caller: Caller) -> Taken:
         self.rule(decoded, caller)
@@ -34,7 +35,7 @@ class RememberingIntake:
         return Taken(items=sum(arrival.items for arrival in decoded.arrivals))
 
     def run_info(self) -> IntakeInfo:
-        return IntakeInfo()
+        return self.info
 
 
 @dataclass

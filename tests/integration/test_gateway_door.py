@@ -452,6 +452,37 @@ def test_sigterm_finishes_the_request_under_way_and_takes_no_other(tmp_path: Pat
     assert "Traceback" not in gateway.log
 
 
+def test_a_call_that_says_nothing_does_not_use_up_the_grace(tmp_path: Path) -> None:
+    said = threading.Event()
+
+    def nothing() -> Iterator[bytes]:
+        said.wait(60)
+        yield from ()
+
+    with (
+        GatewayProcess(tmp_path / "gateway", NOWHERE, "--grace", "10m") as gateway,
+        grpc.insecure_channel(gateway.grpc) as channel,
+    ):
+        silent = channel.stream_unary(METHOD).future(nothing())
+        assert call(gateway.grpc, service_request().SerializeToString())[0] is grpc.StatusCode.OK  # it has begun by now
+        gateway.process.terminate()
+        assert silent.exception(60).code() is grpc.StatusCode.UNAVAILABLE
+        assert gateway.process.wait(60) == 0
+        said.set()
+
+
+def test_a_gateway_that_holds_as_much_as_it_may_is_not_ready(tmp_path: Path) -> None:
+    with GatewayProcess(tmp_path / "gateway", NOWHERE, "--max-bytes", "800kB", "--grace", "1s") as gateway:
+        assert gateway.get("/readyz") == b"ready\n"
+        runs = iter(range(100))
+        wait_until(lambda: gateway.post("metrics", points_request(f"run-{next(runs)}").SerializeToString())[0] == 503)
+        with pytest.raises(HTTPError) as error:
+            gateway.get("/readyz")
+        assert error.value.code == 503
+        error.value.close()
+        assert gateway.get("/healthz") == b"alive\n"
+
+
 def test_artifacts_are_put_with_the_same_tokens(tmp_path: Path) -> None:
     path = tmp_path / "tokens.toml"
     token_file(path, team="sesame-right")

@@ -16,7 +16,7 @@ import pytest
 from tests.gateway_fakes import Doorway, points_request
 from tests.shipping import until
 from tracelet.gateway.callers import Caller
-from tracelet.gateway.grpc_service import build_grpc
+from tracelet.gateway.grpc_service import GrpcDoor
 from tracelet.gateway.limits import Limits
 from tracelet.otlp.decode import Decoded
 
@@ -32,16 +32,15 @@ class Server:
         self.address = ""
         self._pool = ThreadPoolExecutor(2)
         self._ready = threading.Event()
-        self._stop: Future[None] = Future()
+        self._stop: Future[float] = Future()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
 
     async def _serve(self) -> None:
-        server = build_grpc(self.door.reception, self._pool)
-        self.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
-        await server.start()
+        grpc_door = self.grpc_door = GrpcDoor(self.door.reception, self._pool)
+        self.address = f"127.0.0.1:{grpc_door.server.add_insecure_port('127.0.0.1:0')}"
+        await grpc_door.server.start()
         self._ready.set()
-        await asyncio.wrap_future(self._stop)
-        await server.stop(0)
+        await grpc_door.close(await asyncio.wrap_future(self._stop))
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -49,10 +48,15 @@ class Server:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop.set_result(None)
+        if not self._stop.done():
+            self.stop(0.0)
         self._thread.join()
         self._pool.shutdown()
         self.door.close()
+
+    def stop(self, grace_s: float) -> None:
+        """Begin to close the door."""
+        self._stop.set_result(grace_s)
 
     @property
     def in_flight(self) -> int:
@@ -186,3 +190,14 @@ def test_work_that_has_not_begun_when_its_client_leaves_is_not_begun(small: Serv
             call.result(30)
     assert len(small.door.intake.taken) == 2
     assert small.in_flight == 0
+
+
+def test_calls_without_a_message_are_told_to_come_again_when_the_door_closes(small: Server) -> None:
+    with grpc.insecure_channel(small.address) as channel:
+        silent = [Silent(channel) for _ in range(3)]
+        until(lambda: len(small.grpc_door._service.places._holders) == 3)
+        small.door.reception.stopping.set()
+        small.stop(60.0)
+        for one in silent:
+            assert one.future.exception(30).code() is grpc.StatusCode.UNAVAILABLE
+        assert small.refused("stopping") == 3

@@ -10,8 +10,9 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 from urllib.parse import quote, urlsplit
@@ -84,6 +85,7 @@ class _Door:
         self._pool = pool
         self._runs = runs
         self._mlflow_public = mlflow_public
+        self._under_way = 0
 
     def export(self, signal: Signal) -> Callable[[Request], object]:
         """The endpoint of one signal."""
@@ -113,9 +115,21 @@ class _Door:
 
     async def _receive(self, signal: Signal, kind: str, request: Request) -> None:
         reception, headers = self._reception, request.headers
-        with reception.request(headers) as taking:
+        with self._one_of_many(), reception.request(headers) as taking:
             sent = await self._sent(signal, kind, request, taking.held)
             await taking.taken(sent, self._pool)
+
+    @contextmanager
+    def _one_of_many(self) -> Iterator[None]:
+        """Here and not in uvicorn: its answer has no time to come again and isn't counted, and a probe gets it too."""
+        if self._under_way >= self._reception.limits.max_requests:
+            message = f"{self._under_way} requests are under way: come again"
+            raise Refused(503, "busy", message, retry_after_s=BUSY_AGAIN_S)
+        self._under_way += 1
+        try:
+            yield
+        finally:
+            self._under_way -= 1
 
     async def _sent(self, signal: Signal, kind: str, request: Request, held: Held) -> Sent:
         headers, limits = request.headers, self._reception.limits
@@ -159,6 +173,8 @@ class _Door:
         room = os.statvfs(self._runs)
         if room.f_bavail == 0:
             return PlainTextResponse(f"the disk of the spool {self._runs} is full\n", 503)
+        if await asyncio.to_thread(self._reception.is_full):
+            return PlainTextResponse("the spool holds as much as it may (TRACELET_GATEWAY_MAX_BYTES)\n", 503)
         return PlainTextResponse("ready\n")
 
     async def numbers(self, _: Request) -> Response:

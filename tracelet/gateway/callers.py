@@ -61,4 +61,5 @@ class IntakeInfo:
     refused: int = 0  # things that a destination will never take
     undelivered: int = 0  # slots of runs on their way that no destination has acknowledged
     bytes: int = 0  # of the spool, as last measured
+    is_full: bool = False  # there is no room for the files of one more run
     trouble: Mapping[str, str] = field(default_factory=dict)  # run id -> why its destination doesn't get on

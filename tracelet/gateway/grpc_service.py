@@ -25,7 +25,7 @@ from tracelet.gateway.places import Crowded, Places
 from tracelet.gateway.reception import Reception, Sent, Signal
 from tracelet.guard import guard
 
-__all__ = ["build_grpc"]
+__all__ = ["GrpcDoor"]
 
 _SERVICES: Mapping[str, Signal] = {
     "opentelemetry.proto.collector.metrics.v1.MetricsService": "metrics",
@@ -33,27 +33,36 @@ _SERVICES: Mapping[str, Signal] = {
     "opentelemetry.proto.collector.trace.v1.TraceService": "traces",
 }
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
+_STREAMS = 100  # of one connection at once; a client keeps further calls to itself until then
 _GRPC_FRAME = 64 * 1024  # what gRPC counts of a message beside its body, and some air
 
 
-def build_grpc(reception: Reception, pool: ThreadPoolExecutor) -> aio.Server:
-    """A server that has no port yet; blocking work runs in `pool`. Call it in the event loop that will serve it."""
-    limits = reception.limits
-    longest = max(limits.max_body, limits.max_compressed) + _GRPC_FRAME
-    server = aio.server(
-        options=[
-            ("grpc.max_receive_message_length", longest),
-            ("grpc.per_message_decompression", 0),
-            ("grpc.so_reuseport", 0),  # two gateways on one port are a mistake, not a load balancer
-            ("grpc.keepalive_permit_without_calls", 1),
-            ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # a collector's keepalive is no attack
-        ]
-    )
-    service = _Service(reception, pool)
-    for name, signal in _SERVICES.items():
-        method = grpc.stream_unary_rpc_method_handler(service.export(signal))
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, {"Export": method}),))
-    return server
+class GrpcDoor:
+    """The gRPC server over `reception`; it has no port yet. To be made in the event loop that will serve it."""
+
+    def __init__(self, reception: Reception, pool: ThreadPoolExecutor) -> None:
+        """Blocking work runs in `pool`."""
+        limits = reception.limits
+        longest = max(limits.max_body, limits.max_compressed) + _GRPC_FRAME
+        self.server = aio.server(
+            options=[
+                ("grpc.max_receive_message_length", longest),
+                ("grpc.max_concurrent_streams", _STREAMS),
+                ("grpc.per_message_decompression", 0),
+                ("grpc.so_reuseport", 0),  # two gateways on one port are a mistake, not a load balancer
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # a collector's keepalive is no attack
+            ]
+        )
+        self._service = _Service(reception, pool)
+        for name, signal in _SERVICES.items():
+            method = grpc.stream_unary_rpc_method_handler(self._service.export(signal))
+            self.server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, {"Export": method}),))
+
+    async def close(self, grace_s: float) -> None:
+        """Finish what is being taken, within `grace_s`; calls that still have to send their message are told to go."""
+        self._service.places.close()
+        await self.server.stop(grace_s)
 
 
 class _Service:
@@ -61,10 +70,11 @@ class _Service:
         self._reception = reception
         self._pool = pool
         limits = reception.limits
-        self._places = Places(
+        # A message is whole in memory before it is seen: so only as many are received at once as there is room for.
+        self.places = Places(
             max(4, limits.max_in_flight // max(limits.max_body, 1)),
             crowded_s=limits.crowded_s,
-            max_waiting=limits.max_connections,
+            max_waiting=limits.max_requests,
         )
 
     def export(self, signal: Signal) -> Callable[..., Any]:
@@ -109,9 +119,11 @@ class _Service:
     async def _message(self, context: Any) -> bytes:
         limits = self._reception.limits
         try:
-            async with asyncio.timeout(limits.body_timeout_s), self._places.one():
+            async with asyncio.timeout(limits.body_timeout_s), self.places.one():
                 message = await context.read()
         except Crowded as error:
+            if self._reception.stopping.is_set():
+                raise self._reception.is_stopping() from None
             raise Refused(503, "busy", f"this call makes way: {error}", retry_after_s=BUSY_AGAIN_S) from None
         except TimeoutError:
             # Retryable by the OTLP specification, as is UNAVAILABLE.

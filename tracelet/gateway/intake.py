@@ -22,7 +22,7 @@ from tracelet.gateway.commit import GroupCommit
 from tracelet.gateway.fleet import Fleet
 from tracelet.gateway.lost import Silence
 from tracelet.gateway.room import Room, RootLock
-from tracelet.gateway.runs import FOLDER, SLOTS, RunSpool, Stored, Terms
+from tracelet.gateway.runs import FOLDER, SEGMENT_BYTES, SLOTS, RunSpool, Stored, Terms
 from tracelet.guard import guard, logger
 from tracelet.ids import valid_run_id
 from tracelet.otlp.arrival import Piece
@@ -310,6 +310,7 @@ class Intake:
             refused=fleet.refused,
             undelivered=sum(self._undelivered(run_id) for run_id in self._fleet.open_runs()),
             bytes=self._room.used,
+            is_full=self._room.is_full(SEGMENT_BYTES),
             trouble=fleet.trouble or {},
         )
 

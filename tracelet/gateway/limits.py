@@ -47,7 +47,7 @@ class Limits:
     idle_timeout_s: float = 10.0  # between two pieces of a body
     body_timeout_s: float = 60.0  # for all of a body
     threads: int = 16  # requests being decoded and written at once
-    max_connections: int = 1000
+    max_requests: int = 1000  # of HTTP, received or taken at once; of gRPC, waiting for their turn
     crowded_s: float = 2.0  # how long a call of gRPC may take over its message while others wait for its place
 
     @property

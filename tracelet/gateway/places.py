@@ -29,6 +29,7 @@ class Places:
         self._free = count
         self._crowded_s = crowded_s
         self._max_waiting = max_waiting
+        self._is_closed = False
         self._holders: dict[asyncio.Timeout, float] = {}  # since when, the longest first
         self._leaving = 0  # holders that were told to go, and are not gone yet
         self._waiting: deque[asyncio.Future[None]] = deque()
@@ -39,7 +40,7 @@ class Places:
         """A place for the time of the block, in the order of coming.
 
         Raises:
-            Crowded: too many wait already, or the block took too long while others waited.
+            Crowded: too many wait already, the block took too long while others waited, or the places are closed.
         """
         await self._turn()
         mine = asyncio.timeout(None)
@@ -57,7 +58,22 @@ class Places:
                 self._leaving -= 1
             self._release()
 
+    def close(self) -> None:
+        """From now on nobody comes in or waits, and nobody holds a place for more than `crowded_s`."""
+        self._is_closed = True
+        while self._waiting:
+            first = self._waiting.popleft()
+            if not first.done():
+                first.set_exception(Crowded("there are no places any more"))
+        self._look()
+
+    def _wanted(self) -> int:
+        """How many holders have to go."""
+        return len(self._holders) if self._is_closed else max(0, len(self._waiting) - self._leaving)
+
     async def _turn(self) -> None:
+        if self._is_closed:
+            raise Crowded("there are no places any more")
         if self._free and not self._waiting:
             self._free -= 1
             return
@@ -86,7 +102,7 @@ class Places:
             if not first.done():  # else it is cancelled, and its task doesn't know yet
                 self._free -= 1
                 first.set_result(None)
-        if self._timer is None and self._holders and len(self._waiting) > self._leaving:
+        if self._timer is None and self._holders and self._wanted():
             longest = next(iter(self._holders.values()))
             self._timer = asyncio.get_running_loop().call_at(longest + self._crowded_s, self._make_way)
 
@@ -94,7 +110,7 @@ class Places:
         self._timer = None
         now = asyncio.get_running_loop().time()
         for holder, since in list(self._holders.items()):
-            if len(self._waiting) <= self._leaving or now < since + self._crowded_s:
+            if not self._wanted() or now < since + self._crowded_s:
                 break
             del self._holders[holder]
             self._leaving += 1

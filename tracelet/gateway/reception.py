@@ -111,8 +111,17 @@ class Reception:
             Refused: the gateway is about to stop, or the credentials won't do.
         """
         if self.stopping.is_set():
-            raise Refused(503, "stopping", "the gateway is about to stop: come again", retry_after_s=1.0)
+            raise self.is_stopping()
         return self._auth.caller(headers)
+
+    @staticmethod
+    def is_stopping() -> Refused:
+        """What is said to whoever comes too late."""
+        return Refused(503, "stopping", "the gateway is about to stop: come again", retry_after_s=1.0)
+
+    def is_full(self) -> bool:
+        """Whether the spool has no room for one more run; it may look at the disk."""
+        return self._intake.run_info().is_full
 
     @contextmanager
     def request(self, headers: Mapping[str, str]) -> Iterator[Taking]:

@@ -19,7 +19,7 @@ _AGAIN_WHEN_FULL_S = 2.0
 
 
 class Room:
-    """`TRACELET_MAX_BYTES` over all runs: measured now and then, and added up in between."""
+    """`TRACELET_GATEWAY_MAX_BYTES` over all runs: measured now and then, and added up in between."""
 
     def __init__(self, root: Path, max_bytes: int | None) -> None:
         self._root = root
@@ -38,6 +38,14 @@ class Room:
         if now - self._measured_at >= older_than_s:
             self.used, self._measured_at = usage(self._root), now
 
+    def is_full(self, size: int) -> bool:
+        """Whether `size` bytes more would be too many."""
+        with self._lock:
+            if self._max_bytes is None or self.used + size <= self._max_bytes:
+                return False
+            self._measure(_AGAIN_WHEN_FULL_S)
+            return self.used + size > self._max_bytes
+
     def admit(self, size: int) -> None:
         """Count `size` more bytes.
 
@@ -48,7 +56,7 @@ class Room:
             if self._max_bytes is not None and self.used + size > self._max_bytes:
                 self._measure(_AGAIN_WHEN_FULL_S)
                 if self.used + size > self._max_bytes:
-                    raise OSError(errno.EDQUOT, f"TRACELET_MAX_BYTES ({self._max_bytes:,}) is reached")
+                    raise OSError(errno.EDQUOT, f"TRACELET_GATEWAY_MAX_BYTES ({self._max_bytes:,}) is reached")
             self.used += size
 
 

@@ -23,19 +23,22 @@ from tracelet.shipper.status import Verdict
 from tracelet.spool import store
 from tracelet.spool.appended import pack_points
 from tracelet.spool.files import FileSet
-from tracelet.spool.points import Address
+from tracelet.spool.points import HEADER_SIZE, SLOT_SIZE, Address
 from tracelet.spool.reader import SpoolReader
 
 if TYPE_CHECKING:
     from tracelet.otlp.arrival import Arrival, AttemptEnd, Piece
 
-__all__ = ["FOLDER", "RunSpool", "Stored", "Terms"]
+__all__ = ["FOLDER", "SEGMENT_BYTES", "RunSpool", "Stored", "Terms"]
 
 FOLDER = "gateway"
 """The name of a run's folder here: a boot changes nothing, since nobody's training writes in it."""
 
 SLOTS = 8192
 """Of a segment: 256 KiB, so that thousands of small runs need little room."""
+
+SEGMENT_BYTES = HEADER_SIZE + SLOTS * SLOT_SIZE
+"""What a rank's files take at least; admitted when they are opened."""
 
 PENS = 256
 """Ranks of a run whose files are open at once; the one that has been quiet longest gives way."""

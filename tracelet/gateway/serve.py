@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from grpc import aio
 from prometheus_client import disable_created_metrics
 
 from tracelet.errors import ConfigError
@@ -32,7 +31,7 @@ from tracelet.gateway.artifacts import Artifacts
 from tracelet.gateway.aside import Aside
 from tracelet.gateway.auth import Auth
 from tracelet.gateway.connections import connection_class
-from tracelet.gateway.grpc_service import build_grpc
+from tracelet.gateway.grpc_service import GrpcDoor
 from tracelet.gateway.held import HeldFiles
 from tracelet.gateway.intake import Intake
 from tracelet.gateway.limits import Limits
@@ -48,6 +47,8 @@ __all__ = ["serve"]
 _TICK_S = 1.0
 _CLEAR_S = 5.0
 _SWEEP_S = 3600.0
+_DOORS_SHARE = 0.5
+"""How much of the grace the requests under way may have; the rest is for delivering."""
 
 
 def serve(options: Options, environ: Mapping[str, str], *, ready_file: Path | None = None) -> int:
@@ -143,7 +144,7 @@ class _Process:
         listener = _listen(self._options)
         http = self._http()
         serving = asyncio.create_task(http.serve(sockets=[listener]))
-        grpc_server, grpc_address = await self._grpc()
+        grpc_door, grpc_address = await self._grpc()
         while not http.started and not serving.done():
             await asyncio.sleep(0.01)
         self._announce(listener, grpc_address, ready_file)
@@ -154,7 +155,7 @@ class _Process:
         keeping.cancel()
         if serving in done:
             serving.result()  # it ends by itself only by raising
-        await self._drain(http, serving, grpc_server)
+        await self._drain(http, serving, grpc_door)
 
     def _http(self) -> uvicorn.Server:
         limits = self._reception.limits
@@ -177,8 +178,7 @@ class _Process:
                 server_header=False,
                 proxy_headers=False,
                 timeout_keep_alive=75,  # longer than a collector's interval: no connection is closed under its hands
-                timeout_graceful_shutdown=max(1, round(self._options.grace)),
-                limit_concurrency=limits.max_connections,
+                timeout_graceful_shutdown=max(1, round(self._options.grace * _DOORS_SHARE)),
                 ssl_context_factory=None if self._certificate is None else self._context,
             )
         )
@@ -187,24 +187,24 @@ class _Process:
         assert self._certificate is not None
         return self._certificate.context
 
-    async def _grpc(self) -> tuple[aio.Server | None, str | None]:
+    async def _grpc(self) -> tuple[GrpcDoor | None, str | None]:
         port = self._options.grpc_port
         if port is None:
             return None, None
-        server = build_grpc(self._reception, self._pool)
+        door = GrpcDoor(self._reception, self._pool)
         host = self._options.host
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
             if self._certificate is None:
-                bound = server.add_insecure_port(address)
+                bound = door.server.add_insecure_port(address)
             else:
-                bound = server.add_secure_port(address, self._certificate.for_grpc())
+                bound = door.server.add_secure_port(address, self._certificate.for_grpc())
         except RuntimeError:
             bound = 0
         if bound == 0:
             raise ConfigError(f"can't listen on {address} for gRPC: is another program there?", address=address)
-        await server.start()
-        return server, _shown(host, bound)
+        await door.server.start()
+        return door, _shown(host, bound)
 
     def _announce(self, listener: socket.socket, grpc_address: str | None, ready_file: Path | None) -> None:
         scheme = "http" if self._certificate is None else "https"
@@ -245,12 +245,14 @@ class _Process:
         self._reception.stopping.set()  # /readyz and new requests: 503
         self._ending.set()
 
-    async def _drain(self, http: uvicorn.Server, serving: asyncio.Task[None], grpc_server: aio.Server | None) -> None:
+    async def _drain(self, http: uvicorn.Server, serving: asyncio.Task[None], grpc_door: GrpcDoor | None) -> None:
         until = time.monotonic() + self._options.grace
-        if grpc_server is not None:
-            await grpc_server.stop(max(0.0, until - time.monotonic()))
+        doors_s = self._options.grace * _DOORS_SHARE
         http.should_exit = True
-        await asyncio.wait((serving,), timeout=max(1.0, until - time.monotonic()))
+        closing: list[asyncio.Task[None]] = [serving]
+        if grpc_door is not None:
+            closing.append(asyncio.create_task(grpc_door.close(doors_s)))
+        await asyncio.wait(closing, timeout=max(1.0, doors_s))
         grace = max(0.0, until - time.monotonic())
         await asyncio.to_thread(self._intake.close, grace)
         await asyncio.to_thread(self._pool.shutdown)

@@ -18,9 +18,9 @@ from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsSer
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceResponse
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from tests.gateway_fakes import Doorway, points_request, service_request
+from tests.gateway_fakes import Answer, Doorway, points_request, service_request
 from tests.shipping import until
-from tracelet.gateway.callers import Caller, Forbidden, Full
+from tracelet.gateway.callers import Caller, Forbidden, Full, IntakeInfo
 from tracelet.gateway.limits import Limits
 from tracelet.guard import guard
 from tracelet.otlp.decode import Decoded
@@ -314,6 +314,43 @@ def test_while_it_stops_nothing_is_taken_and_it_is_not_ready(door: Doorway) -> N
     assert door.get("/healthz").status == 200
     answer = door.post("metrics", POINTS)
     assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+
+
+def test_a_spool_without_room_for_one_more_run_is_not_ready(door: Doorway) -> None:
+    door.intake.info = IntakeInfo(is_full=True)
+    answer = door.get("/readyz")
+    assert (answer.status, b"TRACELET_GATEWAY_MAX_BYTES" in answer.body) == (503, True)
+    assert door.get("/healthz").status == 200
+
+
+def test_beyond_so_many_requests_at_once_one_has_to_come_again_and_a_probe_has_not(tmp_path: Path) -> None:
+    door = Doorway(tmp_path, limits=Limits(max_requests=2, idle_timeout_s=30))
+    headers = {"content-type": "application/x-protobuf"}
+
+    async def crowd() -> list[Answer]:
+        stuck = [
+            asyncio.create_task(door.answered("POST", "/v1/metrics", headers, [POINTS[:10]], stalls=True))
+            for _ in range(2)
+        ]
+        while door.reception.budget.in_flight < 20:
+            await asyncio.sleep(0)
+        answers = [
+            await door.answered("POST", "/v1/metrics", headers, [POINTS]),
+            await door.answered("GET", "/healthz", {}, []),
+            await door.answered("GET", "/readyz", {}, []),
+            await door.answered("GET", "/metrics", {}, []),
+        ]
+        for one in stuck:
+            one.cancel()
+        await asyncio.gather(*stuck, return_exceptions=True)
+        return answers
+
+    refused, *others = asyncio.run(crowd())
+    assert (refused.status, refused.headers["retry-after"]) == (503, "5")
+    assert [answer.status for answer in others] == [200] * 3
+    assert door.number('refused_total{reason="busy"}') == 1
+    assert door.post("metrics", POINTS).status == 200
+    door.close()
 
 
 def test_a_spool_that_is_gone_is_not_ready(tmp_path: Path) -> None:

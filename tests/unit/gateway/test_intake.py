@@ -113,9 +113,12 @@ def test_a_run_id_that_could_leave_the_spool_makes_no_folder(tmp_path: Path) -> 
 
 def test_a_full_spool_acknowledges_nothing_and_takes_it_later(tmp_path: Path) -> None:
     memory = Memory()
-    with started(tmp_path, memory, max_bytes=100_000) as intake, pytest.raises(Full, match="MAX_BYTES"):
-        take(intake, arrival("run-2", points=[("a", 1.0, 1)]))
-    with started(tmp_path, memory) as intake:
+    with started(tmp_path, memory, max_bytes=100_000) as intake:
+        assert intake.run_info().is_full
+        with pytest.raises(Full, match="MAX_BYTES"):
+            take(intake, arrival("run-2", points=[("a", 1.0, 1)]))
+    with started(tmp_path, memory, max_bytes=1_000_000) as intake:
+        assert not intake.run_info().is_full
         assert take(intake, arrival("run-2", points=[("a", 1.0, 1)])).points == 1
         until(lambda: len(memory.points("run-2")) == 1)
 

@@ -113,6 +113,19 @@ def test_the_queue_is_bounded() -> None:
     run(test)
 
 
+def test_when_the_places_close_those_who_wait_go_at_once_and_holders_when_their_time_is_over() -> None:
+    async def test() -> None:
+        places = Places(1, crowded_s=0.0, max_waiting=10)
+        holding, waiting = Holder(places), Holder(places)
+        await holding.has.wait()
+        places.close()
+        for one in (waiting, holding, Holder(places)):
+            with pytest.raises(Crowded):
+                await one.task
+
+    run(test)
+
+
 def test_a_place_is_not_lost_with_one_who_is_cancelled_waiting_or_holding_it_or_as_it_is_given() -> None:
     async def test() -> None:
         places = Places(1, crowded_s=FOREVER, max_waiting=10)
