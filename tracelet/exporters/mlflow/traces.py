@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tracelet.exporters.base import Refusal
@@ -38,13 +38,12 @@ class SpanWork:
             except (binascii.Error, ValueError) as error:
                 self.refusals.append(Refusal("span", f"these spans are damaged: {error}", {"base64": text[:200]}))
                 continue
-            if not one:
-                continue
-            if size + len(one) > _REQUEST_BYTES:
-                self._requests.append([])
-                size = 0
-            self._requests[-1].append(one)
-            size += len(one)
+            for piece in _pieces(one) if one else ():
+                if size + len(piece) > _REQUEST_BYTES:
+                    self._requests.append([])
+                    size = 0
+                self._requests[-1].append(piece)
+                size += len(piece)
 
     def send(self, transport: Transport, experiment_id: str, run_id: str, check: Callable[[Refused], Any]) -> None:
         """Send all that is left; what MLflow refuses is in `refusals` afterwards.
@@ -92,6 +91,28 @@ class SpanWork:
             self.refusals.append(Refusal("span", str(no), facts))
 
 
+def _pieces(resource_spans: bytes) -> Iterator[bytes]:
+    """The same in pieces that fit into a request, as far as halving makes them smaller: a span is not cut."""
+    left = [resource_spans]
+    while left:
+        piece = left.pop()
+        halves = _halves_of_large(piece) if len(piece) > _REQUEST_BYTES else []
+        # What each half repeats is the Resource; where that is the larger part, many halves would be more, not less.
+        if halves and sum(map(len, halves)) < len(piece) + _REQUEST_BYTES // 2:
+            left += reversed(halves)
+        else:
+            yield piece
+
+
+def _halves_of_large(resource_spans: bytes) -> list[bytes]:
+    from google.protobuf.message import DecodeError
+
+    try:
+        return _halves(resource_spans)[0]
+    except DecodeError:  # said when it is refused
+        return []
+
+
 def _halves(resource_spans: bytes) -> tuple[list[bytes], dict[str, Any]]:
     """Two with half the spans each, or, for a single span, what names it."""
     from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans
@@ -112,6 +133,9 @@ def _halves(resource_spans: bytes) -> tuple[list[bytes], dict[str, Any]]:
             del scope.spans[:]
         for number, span in some:
             half.scope_spans[number].spans.append(span)
+        kept = [scope for scope in half.scope_spans if scope.spans]
+        del half.scope_spans[:]
+        half.scope_spans.extend(kept)
         out.append(half.SerializeToString())
     return out, {}
 
