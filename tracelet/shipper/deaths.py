@@ -92,13 +92,17 @@ class Deaths:
         every_s: float = 1.0,
         parent: tuple[int, int] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        from_elsewhere: bool = False,
     ) -> None:
         """`is_alive` replaces the look at the lock files (for a shipper in the writers' own process).
+
+        `from_elsewhere`: it is another host's folder, so the moment of a death is not known here.
 
         `parent`: a pidfd of the process that started this one, and its pid, taken before it could have gone.
         """
         self._parent = parent
         self._folder = folder
+        self.from_elsewhere = from_elsewhere
         self._is_alive = is_alive
         self._every_s = every_s
         self._clock = clock
@@ -198,12 +202,15 @@ class Deaths:
             return
         self._pidfds[writer] = (pidfd, pid)
 
-    def wait(self, timeout_s: float, wake: int) -> None:
-        """Until a watched process ends, `wake` (a descriptor) becomes readable, or the time is over."""
+    def wait(self, timeout_s: float, wake: int, *, for_deaths: bool = True) -> None:
+        """Until a watched process ends, `wake` (a descriptor) becomes readable, or the time is over.
+
+        Not `for_deaths`: a death that was seen and could not be taken in would end every wait at once.
+        """
         poll = select.poll()
         poll.register(wake, select.POLLIN)
         for writer, (pidfd, _) in self._pidfds.items():
-            if writer not in self._dead:
+            if for_deaths and writer not in self._dead:
                 poll.register(pidfd, select.POLLIN)
         try:
             poll.poll(max(0.0, timeout_s) * 1000)

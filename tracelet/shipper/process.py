@@ -102,7 +102,9 @@ def ship(
     secrets: Mapping[str, Mapping[str, Any]] | None = None,
     environ: Mapping[str, str] | None = None,
     follow: bool = False,
+    assume_dead: bool = False,
     timeout_s: float | None = None,
+    give_up_s: float | None = None,
     stop: threading.Event | None = None,
     build: Build | None = None,
 ) -> Outcome:
@@ -110,14 +112,19 @@ def ship(
 
     Returns when all that is there is delivered; with `follow`, when the run is over and delivered too; and in any
     case when `timeout_s` is over or `stop` is set (looked at several times a second), or, with `follow`, when nothing
-    has moved for ten minutes after the run's end. `destinations` are for attempts that name none; None leaves those
-    undelivered. A folder that another shipper serves is left to it (`joined`).
+    has moved for `give_up_s` (None: ten minutes) after the run's end. `destinations` are for attempts that name none;
+    None leaves those undelivered. A folder that another shipper serves is left to it (`joined`).
+
+    The folder may be another host's: its writers then count as alive until the lease of that host's shipper has been
+    missed three times, or with `assume_dead`, for a caller who knows that they are gone.
 
     Raises:
         SpoolError: the folder has no manifest, or one this release can't read.
     """
     from tracelet.exporters import registry
-    from tracelet.shipper.shipment import Outcome, Shipment
+    from tracelet.shipper.deaths import Deaths
+    from tracelet.shipper.elsewhere import watched
+    from tracelet.shipper.shipment import GIVE_UP_S, Outcome, Shipment
     from tracelet.spool.lease import ShipperLock
 
     lock = ShipperLock(folder)
@@ -125,13 +132,16 @@ def ship(
         return Outcome(complete=False, joined=True)
     try:
         manifest = _manifest_for(folder, destinations or ())
+        is_alive = watched(folder, manifest, assume_dead=assume_dead)
         shipment = Shipment(
             folder,
             manifest,
             environ=os.environ if environ is None else environ,
             secrets=secrets or {},
             build=registry.build if build is None else build,
+            deaths=Deaths(folder, is_alive=is_alive, from_elsewhere=is_alive is not None),
             suppress=suppress_instrumentation,
+            give_up_s=GIVE_UP_S if give_up_s is None else give_up_s,
         )
         shipment.run(
             follow=follow,
@@ -243,9 +253,15 @@ def suppress_instrumentation() -> Iterator[None]:
 def _report(folder: Path, outcome: Outcome) -> None:
     from tracelet.guard import logger
 
+    if outcome.gone:
+        logger.error(
+            "%s was deleted while its run was being shipped: what had not been delivered by then is lost", folder
+        )
     for identity, delivered in outcome.delivered.items():
         refused = outcome.refused[identity]
         logger.info("%s: %d points delivered%s", identity, delivered, f", {refused} things refused" if refused else "")
+    if outcome.gone:
+        return
     for identity, reason in outcome.reasons.items():
         logger.warning(
             "%s: about %d records are left (%s). They are safe in the spool; deliver them with: tracelet ship %s",

@@ -20,6 +20,7 @@ from tracelet.shipper.deaths import Deaths
 from tracelet.shipper.loop import Lane
 from tracelet.shipper.site import Clock, Site
 from tracelet.shipper.upkeep import Upkeep, keep_rule
+from tracelet.spool import home
 from tracelet.spool.reader import START, SpoolReader
 from tracelet.spool.store import Manifest
 
@@ -53,6 +54,7 @@ class Outcome:
     reasons: Mapping[str, str] = field(default_factory=dict)  # why something is left
     complete: bool = True
     joined: bool = False  # another shipper serves the folder
+    gone: bool = False  # the folder was deleted meanwhile: what was not delivered is lost
 
 
 class Shipment:
@@ -97,6 +99,10 @@ class Shipment:
         self._suppress = suppress
         self._give_up_s = give_up_s
         self._upkeep = None if in_process else Upkeep(self.site)
+        # What a gateway received has no host whose death would end it.
+        at_home = home.is_here(manifest) and not in_process and not self.site.received
+        self._beat = home.Beat(folder, clock=clock.monotonic) if at_home else None
+        self._faulty = False
         self._upkeep_at = float("-inf")
         self._began = clock.monotonic()
         self._waker, self._wake_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -109,11 +115,11 @@ class Shipment:
         while not stop.is_set():
             self.tick(hurry=hurry)
             now = self._clock.monotonic()
-            if self.is_complete() or (not follow and self.is_caught_up()):
+            if self.site.gone or self.is_complete() or (not follow and self.is_caught_up()):
                 return
             if (until is not None and now >= until) or (follow and self._nothing_moves(now)):
                 return
-            self.site.deaths.wait(self._pause(), self._waker)
+            self.site.deaths.wait(self._pause(), self._waker, for_deaths=not self._faulty)
             self._drain_wakes()
 
     def wake(self) -> None:
@@ -144,14 +150,21 @@ class Shipment:
     def tick(self, *, hurry: bool = False) -> None:
         """Look around once, start lanes for new destinations, keep the folder in order."""
         # A fault in here must not end the shipper: what it missed comes with the next look.
+        self._faulty = True
         with _survived("look after the spool"):
             self.site.look(stuck=any(lane.trouble is not None for lane in self.lanes.values()))
+            self._faulty = False
+        if self.site.gone:
+            return
         for identity, destination in self._served().items():
             if identity not in self.lanes:
                 with _survived(f"begin to ship to {identity}"):
                     self._start(identity, destination)
         for lane in self.lanes.values():
             lane.hurry = hurry
+        if self._beat is not None:
+            with _survived("renew the lease"):
+                self._beat.renew()
         now = self._clock.monotonic()
         if self._upkeep is not None and now - self._upkeep_at >= 1.0:
             self._upkeep_at = now
@@ -209,6 +222,7 @@ class Shipment:
         site = self.site
         return (
             not site.strangers
+            and not site.gone
             and all(site.is_over(writer) for writer in site.writers)
             and all(attempt.key in site.decided or site.is_hollow(attempt) for attempt in site.manifest.attempts)
             and self._all_started()
@@ -245,6 +259,8 @@ class Shipment:
     def close(self) -> Outcome:
         """Stop the lanes (each finishes the attempt it is making) and say how far they came."""
         self.stop_lanes()
+        if self._beat is not None:
+            self._beat.withdraw()
         until = time.monotonic() + _JOIN_S
         for thread in self._threads:
             thread.join(max(0.0, until - time.monotonic()))
@@ -256,6 +272,14 @@ class Shipment:
 
     def outcome(self) -> Outcome:
         """How far each destination is now."""
+        if self.site.gone:
+            return Outcome(
+                delivered={identity: lane.counts[0] for identity, lane in self.lanes.items()},
+                refused={identity: lane.counts[1] for identity, lane in self.lanes.items()},
+                reasons=dict.fromkeys(self._served(), "its folder was deleted"),
+                complete=False,
+                gone=True,
+            )
         reader = SpoolReader(self.site.folder)
         try:
             left = {identity: self._left(reader, lane) for identity, lane in self.lanes.items()}

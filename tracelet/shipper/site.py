@@ -92,6 +92,8 @@ class Site:
         self._in_process = in_process
         self._reader = SpoolReader(folder)
         self._began = clock.monotonic()
+        self._inode = _inode_of(folder)
+        self.gone = False  # the folder was deleted; what may stand in its place is another one
         self._manifest_key: tuple[int, int] | None = None
         self._found: tuple[str, ...] = ()  # all writers there were at the last look
         self._end_seen: dict[str, float] = {}  # attempt -> when its provisional end was first met
@@ -131,6 +133,9 @@ class Site:
 
     def look(self, *, stuck: bool = False) -> None:
         """Take in new attempts, writers, deaths and ends. `stuck`: a destination doesn't read on, so seek ENDs here."""
+        if _inode_of(self.folder) != self._inode:
+            self.gone = True
+            return
         self._refresh_manifest()
         known = []
         self._found = self._reader.writers()
@@ -241,7 +246,7 @@ class Site:
         if self._waits_for_exit(attempt.key, first, ended, now):
             return
         dead = self.deaths.is_dead(first)
-        watched = self.deaths.was_seen_alive(first)
+        watched = self.deaths.was_seen_alive(first) and not self.deaths.from_elsewhere
         gone = self._clock.time_ns() if ended is not None or watched else self._last_record_unix_nano(first)
         verdict = decide(ended, exit_code=self.deaths.exit_code(first) if dead else None, gone_unix_nano=gone)
         self.decided[attempt.key] = Decided(self._settle(attempt, verdict), now)
@@ -295,3 +300,10 @@ class Site:
                 times.append(getattr(decode_frame(kind, payload), "time_unix_nano", 0))
             return int(max([latest, *times]))
         return latest
+
+
+def _inode_of(folder: Path) -> int | None:
+    try:
+        return os.stat(folder).st_ino
+    except FileNotFoundError:
+        return None
