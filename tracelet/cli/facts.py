@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,19 +10,22 @@ from typing import Any
 
 from tracelet import codec
 from tracelet.errors import SpoolError
-from tracelet.records import FlushAsked, MetricNamed, WriterOpened
-from tracelet.spool import lease, store
+from tracelet.records import FlushAsked, MetricNamed, WriterEnded, WriterOpened
+from tracelet.spool import home, lease, store
 from tracelet.spool.cursor import DestinationProgress, Progress
 from tracelet.spool.reader import START, Position, SpoolReader
 
 __all__ = ["LOST", "NOT_DELIVERED", "RUNNING", "Destination", "Facts", "address", "look", "newest"]
 
 RUNNING, NOT_DELIVERED, UNREADABLE = "RUNNING", "ended, not delivered", "unreadable"
-LOST = "LOST"  # of a run behind a gateway that has heard nothing of it for long; it may speak again
+LOST = "LOST"  # behind a gateway, or on another host: nothing has been heard of it for long; it may speak again
 
 _AT_ONCE = 1 << 20  # slots asked of the reader at a time
 _SILENT = frozenset(codec.kind_of(kind) for kind in (WriterOpened, MetricNamed, FlushAsked))
+_END = codec.kind_of(WriterEnded)
 _RECORD = 32  # bytes of a point
+LOST_AFTER_S = 3600.0
+"""Of another host's run without a lease: how long its folder may be silent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +63,7 @@ class Facts:
     shipper_pid: int | None
     logged: int
     destinations: tuple[Destination, ...]
+    elsewhere: bool = False  # another host's: its locks tell nothing here
 
     @property
     def title(self) -> str:
@@ -105,6 +110,8 @@ def look(entry: store.RunFolder) -> Facts:
         attempt_of = {writer: _attempt_of(reader, writer) for writer in writers}
         progress, problem = _progress(folder, entry.problem)
         with_end = _with_end(manifest, attempt_of)
+        elsewhere = manifest is not None and not home.is_here(manifest)
+        ended = {attempt_of[writer] for writer in writers if elsewhere and _has_end(reader, writer)}
         destinations = tuple(
             _destination(reader, destination, progress.get(identity), attempt_of, alive, with_end=with_end)
             for identity, destination in (manifest.destinations if manifest else {}).items()
@@ -120,13 +127,38 @@ def look(entry: store.RunFolder) -> Facts:
         run_id=entry.run_id,
         manifest=manifest,
         problem=problem,
-        state=_state(manifest, problem, alive),
+        state=_state(manifest, problem, alive, quiet=_quiet(folder, manifest, ended) if elsewhere else NOT_DELIVERED),
         started_unix_nano=min((a.started_unix_nano for a in manifest.attempts), default=0) if manifest else 0,
         alive=alive,
         shipper_pid=lease.shipper_alive(folder),
         logged=logged,
         destinations=destinations,
+        elsewhere=elsewhere,
     )
+
+
+def _quiet(folder: Path, manifest: store.Manifest | None, ended: Collection[str | None]) -> str:
+    """The state of another host's run that no lock here shows alive and that nobody has ended."""
+    attempt = newest(manifest) if manifest is not None else None
+    if attempt is None or attempt.key in ended or (manifest is not None and home.is_of_an_earlier_boot(manifest)):
+        return NOT_DELIVERED
+    told = home.read_lease(folder)
+    if told is not None:
+        return RUNNING if _age_s(told.renewed_unix_nano) < home.MISSED_S else LOST
+    return RUNNING if _age_s(_touched_ns(folder)) < LOST_AFTER_S else LOST
+
+
+def _age_s(unix_nano: int) -> float:
+    return (time.time_ns() - unix_nano) / 1e9
+
+
+def _touched_ns(folder: Path) -> int:
+    """When anything in the folder was written last; a mapped file's time is as of the kernel's last flush."""
+    return max((path.stat().st_mtime_ns for path in folder.glob("*.*")), default=0)
+
+
+def _has_end(reader: SpoolReader, writer: str) -> bool:
+    return any(kind == _END for kind, _ in reader.scan_frames(writer))
 
 
 def _progress(folder: Path, problem: str | None) -> tuple[Mapping[str, DestinationProgress], str | None]:
@@ -144,7 +176,7 @@ def newest(manifest: store.Manifest) -> store.Attempt | None:
     return max(manifest.attempts, key=lambda attempt: attempt.started_unix_nano, default=None)
 
 
-def _state(manifest: store.Manifest | None, problem: str | None, alive: Sequence[str]) -> str:
+def _state(manifest: store.Manifest | None, problem: str | None, alive: Sequence[str], *, quiet: str) -> str:
     if problem is not None:
         return UNREADABLE
     attempt = newest(manifest) if manifest else None
@@ -153,7 +185,7 @@ def _state(manifest: store.Manifest | None, problem: str | None, alive: Sequence
         return ended or (LOST if manifest.extra.get("lost") else RUNNING)
     if alive:
         return RUNNING
-    return ended or NOT_DELIVERED
+    return ended or quiet
 
 
 def opening(reader: SpoolReader, writer: str) -> WriterOpened | None:

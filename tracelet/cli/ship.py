@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from tracelet import backends, settings
-from tracelet.cli.facts import RUNNING, Destination, Facts, look, newest
+from tracelet.cli import follow
+from tracelet.cli.facts import LOST, RUNNING, Destination, Facts, look, newest
 from tracelet.cli.find import UsageError, add_dir, all_runs, chosen, short_ids
 from tracelet.cli.masking import Sieve
 from tracelet.cli.text import age, count, plain
@@ -20,7 +21,7 @@ from tracelet.cli.watch import Line, Pace, Watch
 from tracelet.errors import SpoolError, TraceletError
 from tracelet.settings import Settings
 from tracelet.shipper.process import ship
-from tracelet.spool import lease, store
+from tracelet.spool import home, lease, store
 from tracelet.spool.cursor import Progress
 
 __all__ = ["EXAMPLES", "add", "run"]
@@ -28,7 +29,8 @@ __all__ = ["EXAMPLES", "add", "run"]
 EXAMPLES = """\
   tracelet ship
   tracelet ship 1f0c64ab --to otlp
-  MLFLOW_TRACKING_URI=http://mlflow:5000 tracelet ship /mnt/spool --to mlflow --timeout 1h"""
+  MLFLOW_TRACKING_URI=http://mlflow:5000 tracelet ship /mnt/spool --to mlflow --timeout 1h
+  tracelet ship --follow --dir /shared/spool"""
 
 LOOK_S = 0.1
 GIVE_UP_S = 30.0
@@ -59,6 +61,18 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argpar
         help="the beginning of a run's id, its name, its folder, or a folder of runs (default: all that have ended)",
     )
     command.add_argument(
+        "--follow",
+        action="store_true",
+        help="go on until SIGTERM, with every run of the folder and those still to come; with RUNs named: until these"
+        " are over and delivered. What a sidecar does, beside training with TRACELET_SHIPPER=off",
+    )
+    command.add_argument(
+        "--assume-dead",
+        action="store_true",
+        help="the named runs' programs are gone: end them. For runs of another host of which nothing can be told from"
+        " here; a program that is seen alive is never ended",
+    )
+    command.add_argument(
         "--all", action="store_true", help="also runs that still go on: what they have so far, if nobody ships it"
     )
     command.add_argument(
@@ -77,6 +91,12 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argpar
 def run(args: argparse.Namespace) -> int:
     """Ship one run after the other. 1 if something is left of one of them."""
     resolved = settings.from_process({"dir": args.dir})
+    if args.assume_dead and not args.wanted:
+        raise UsageError("--assume-dead ends runs: name those you mean")
+    if args.follow:
+        if args.to or args.timeout is not None or args.assume_dead or args.all:
+            raise UsageError("--follow goes without --to, --timeout, --all and --assume-dead")
+        return follow.run(resolved, args.wanted)
     until = None if args.timeout is None else time.monotonic() + _seconds(args.timeout)
     entries = chosen(resolved.dir, args.wanted)
     ids = short_ids([*entries, *all_runs(resolved.dir)])
@@ -84,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     if not todo:
         print("Nothing waits." if entries else f"No runs in {resolved.dir}.")
         return 0
-    job = Job(resolved, named=_named(args.to, resolved), until=until)
+    job = Job(resolved, named=_named(args.to, resolved), until=until, assume_dead=args.assume_dead)
     left = 0
     for facts in reversed(todo):  # the oldest first
         left += not job.deliver(facts, ids[facts.run_id])
@@ -121,11 +141,15 @@ def _named(to: Sequence[str], resolved: Settings) -> backends.Chosen | None:
 class Job:
     """One call of the command: where to, for how long, and what has been given up so far."""
 
-    def __init__(self, resolved: Settings, *, named: backends.Chosen | None, until: float | None) -> None:
+    def __init__(
+        self, resolved: Settings, *, named: backends.Chosen | None, until: float | None, assume_dead: bool = False
+    ) -> None:
         self._settings = resolved
         self._named = named
         self._until = until
+        self._assume_dead = assume_dead
         self._given_up: set[str] = set()
+        self._gone_elsewhere: set[Path] = set()  # other hosts' folders whose shipper gave no sign of life
         self._line = Line(sys.stderr, every_s=QUIET_S)
         self._sieve = Sieve(resolved.environ, named.secrets.values() if named is not None else ())
 
@@ -135,7 +159,7 @@ class Job:
         try:
             if facts.problem is not None or facts.manifest is None:
                 raise SpoolError(facts.problem or f"{facts.folder} has no manifest yet: its program has just begun")
-            if facts.shipper_pid is not None:
+            if facts.shipper_pid is not None or self._is_served_elsewhere(facts):
                 watched = self._watch(facts, title)
                 if watched is not None:
                     return watched
@@ -185,15 +209,20 @@ class Job:
 
     # ---- a shipper that is at work already ------------------------------------------------------------------------
 
+    def _is_served_elsewhere(self, facts: Facts) -> bool:
+        """Whether another host's shipper has to be taken to be at work on it."""
+        return facts.elsewhere and not self._assume_dead and home.read_lease(facts.folder) is not None
+
     def _watch(self, facts: Facts, title: str) -> bool | None:
         """Follow another shipper until a running run's points of now are delivered (True) or the time is over (False).
 
         None: it has left, and what it left is for us.
         """
-        print(f"{title}: a shipper is at work on it (pid {facts.shipper_pid}); watching it", flush=True)
+        there = home.Watch(facts.folder) if self._is_served_elsewhere(facts) else None
+        print(f"{title}: {_whose(facts, there)}", flush=True)
         progress, pace = Progress(facts.folder), Pace(facts)
         try:
-            while lease.shipper_alive(facts.folder) is not None:
+            while lease.shipper_alive(facts.folder) is not None or (there is not None and _goes_on(there)):
                 progress.refresh()
                 pace.take(progress.destinations)
                 self._line.show(f"{title}: {pace.words()}")
@@ -206,11 +235,15 @@ class Job:
                 time.sleep(LOOK_S)
         finally:
             self._line.clear()
+        if there is not None and there.is_missed():
+            self._gone_elsewhere.add(facts.folder)
         return None
 
     def _tell_watched(self, facts: Facts, title: str, through: bool, stuck: bool) -> None:
         if through:
             print(f"{title}: all points so far are delivered; its shipper goes on")
+        elif stuck and facts.shipper_pid is None:
+            print(f"{title}: nothing has moved for {age(GIVE_UP_S)}; its shipper, on another host, goes on trying")
         elif stuck:
             print(
                 f"{title}: nothing has moved for {age(GIVE_UP_S)}; why stands in {facts.folder}/shipper.log\n"
@@ -231,7 +264,8 @@ class Job:
 
         def work() -> None:
             try:
-                ship(facts.folder, secrets=secrets, environ=environ, stop=stop, build=watch.build)
+                gone = self._assume_dead or facts.folder in self._gone_elsewhere
+                ship(facts.folder, secrets=secrets, environ=environ, stop=stop, build=watch.build, assume_dead=gone)
             except BaseException as error:  # noqa: BLE001 - handed to the main thread, which raises it
                 errors.append(error)
 
@@ -278,7 +312,13 @@ class Job:
                 print(f"  {d.kind} refused {count(more, 'item')} for good: see {facts.folder}/rejected-{d.id}.jsonl")
         trouble = watch.trouble()
         left = [d for d in facts.destinations if d.waits]
-        if facts.state == RUNNING:
+        if facts.elsewhere and facts.state in (RUNNING, LOST) and facts.manifest is not None:
+            print(
+                f"  {facts.manifest.host} wrote it, and nothing tells from here whether it goes on;"
+                " if it doesn't, end it with --assume-dead"
+            )
+            left = [d for d in left if d.id in trouble]
+        elif facts.state == RUNNING:
             print("  it goes on: what it logs from now on waits for another `tracelet ship`")
             left = [d for d in left if d.id in trouble]
         for d in left:
@@ -287,6 +327,21 @@ class Job:
         if left:
             print("  Nothing is lost: mend it, then `tracelet ship` again; `tracelet doctor` tries the destinations.")
         return not left
+
+
+def _whose(facts: Facts, there: home.Watch | None) -> str:
+    """Who is at work on a run, for a person who watches it."""
+    if facts.shipper_pid is not None:
+        return f"a shipper is at work on it (pid {facts.shipper_pid}); watching it"
+    told = there.lease if there is not None else None
+    if told is None:
+        return "a shipper was at work on it; watching it"
+    ago = age(max(0.0, (time.time_ns() - told.renewed_unix_nano) / 1e9))
+    return f"the shipper on {told.host} gave a sign of life {ago} ago; watching for the next ({home.MISSED_S:.0f} s)"
+
+
+def _goes_on(there: home.Watch) -> bool:
+    return not there.is_missed() and there.lease is not None
 
 
 def _amount(d: Destination) -> str:

@@ -21,7 +21,12 @@ class Elsewhere:
     """
 
     def __init__(
-        self, folder: Path, manifest: Manifest, *, assume_dead: bool = False, clock: Callable[[], float] = time.monotonic
+        self,
+        folder: Path,
+        manifest: Manifest,
+        *,
+        assume_dead: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._folder = folder
         self._gone = assume_dead or home.is_of_an_earlier_boot(manifest)

@@ -15,14 +15,48 @@ import sys
 from collections.abc import Collection
 from pathlib import Path
 
-__all__ = ["ShipperLock", "WriterLock", "is_alive", "lock_name", "shipper_alive"]
+from tracelet.errors import SpoolError
+
+__all__ = ["ShipperLock", "WriterLock", "is_alive", "lock_name", "require_own", "shipper_alive"]
 
 SHIPPER_LOCK = "shipper.lock"
+_OVERFLOW_UID = 65534  # "nobody": what a file system shows that can't tell the owner
 
 
 def lock_name(writer: str) -> str:
     """The file name of a writer's lock."""
     return f"{writer}.lock"
+
+
+def require_own(folder: Path) -> None:
+    """See that the run's folder belongs to the user of this process.
+
+    Training and what ships it have to run under one user id: the folder is its owner's alone, and what another user
+    (root too) writes into it is closed to its owner.
+
+    Raises:
+        SpoolError: it belongs to somebody else.
+    """
+    try:
+        owner = os.stat(folder).st_uid
+    except FileNotFoundError:
+        return
+    if owner not in (os.geteuid(), _OVERFLOW_UID):
+        raise SpoolError(
+            f"{folder} belongs to user {_user(owner)}, and this process runs as user {_user(os.geteuid())}:"
+            " run training and what ships it under one user id",
+            folder=str(folder),
+            owner=owner,
+        )
+
+
+def _user(uid: int) -> str:
+    import pwd  # only for an error's text
+
+    try:
+        return f"{uid} ({pwd.getpwuid(uid).pw_name})"
+    except KeyError:
+        return str(uid)
 
 
 class WriterLock:
@@ -69,6 +103,9 @@ def _holder(path: Path) -> int | None:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
+    except PermissionError:
+        require_own(path.parent)
+        raise
     try:
         if sys.platform == "darwin":
             asked = fcntl.fcntl(fd, fcntl.F_GETLK, struct.pack("qqihh", 0, 0, 0, fcntl.F_WRLCK, 0))
@@ -107,9 +144,15 @@ class ShipperLock:
         self._fd = -1
 
     def acquire(self) -> bool:
-        """Take it, if nobody has it; never waits."""
+        """Take it, if nobody has it; never waits.
+
+        Raises:
+            SpoolError: the folder belongs to another user.
+            OSError: the lock's file can't be made.
+        """
         if self._fd >= 0:
             return True
+        require_own(self._path.parent)
         fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -19,6 +19,7 @@ from typing import Any
 from tracelet.errors import SpoolFormatError
 from tracelet.spool.disk import allocate
 from tracelet.spool.files import SPARES
+from tracelet.spool.lease import require_own
 from tracelet.spool.points import HEADER_SIZE, SLOT_SIZE, segment_name
 from tracelet.spool.reader import DELIVERED, Position, SpoolReader
 from tracelet.spool.seal import read_seal, seal_name, write_seal
@@ -240,6 +241,9 @@ def _folders(parent: Path) -> list[Path]:
             return [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]
     except (FileNotFoundError, NotADirectoryError):
         return []
+    except PermissionError:
+        require_own(parent)
+        raise
 
 
 def usage(folder: Path) -> int:
