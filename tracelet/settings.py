@@ -51,7 +51,7 @@ class Settings:
     experiment_name: str
     run_id: str | None
     dir: Path
-    shipper: str  # "process" or "off"
+    shipper: str  # "process", "thread" or "off"
     keep: Keep
     max_bytes: int | None
     grace_s: float
@@ -159,10 +159,8 @@ def _parse_dir(value: object) -> Path:
 
 
 def _parse_shipper(value: object) -> str:
-    if value == "thread":
-        raise ValueError("process or off (thread is planned, and not built yet)")
-    if value not in ("process", "off"):
-        raise ValueError("process or off")
+    if value not in ("process", "thread", "off"):
+        raise ValueError("process, thread or off")
     return str(value)
 
 

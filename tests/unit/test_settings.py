@@ -183,9 +183,11 @@ def test_a_value_that_cannot_be_right_names_the_variable_and_what_would_be(
     assert str(caught.value).startswith(f"{variable} is {value!r}, but has to be ")
 
 
-def test_the_thread_shipper_is_not_built_yet_and_the_answer_names_what_is(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"process or off \(thread is planned, and not built yet\)"):
-        made(tmp_path, environ={"TRACELET_SHIPPER": "thread"})
+def test_the_shipper_is_a_process_a_thread_or_off(tmp_path: Path) -> None:
+    for word in ("process", "thread", "off"):
+        assert made(tmp_path, environ={"TRACELET_SHIPPER": word}).shipper == word
+    with pytest.raises(ConfigError, match="process, thread or off"):
+        made(tmp_path, environ={"TRACELET_SHIPPER": "threads"})
 
 
 @pytest.mark.parametrize(

@@ -264,10 +264,17 @@ def _artifacts(report: Report, environ: Mapping[str, str]) -> None:
 
 
 def _shipper(report: Report, resolved: settings.Settings) -> None:
-    reason = launch.can_outlive(resolved.environ)
+    thread = resolved.shipper == "thread"
+    reason = "it is a thread of the program" if thread else launch.can_outlive(resolved.environ)
     report.shipper = {"mode": resolved.shipper, "cannot_outlive": reason}
     if resolved.shipper == "off":
         report.notes.append("TRACELET_SHIPPER is off: nothing is delivered until `tracelet ship` is called.")
+    elif thread:
+        report.notes.append(
+            "TRACELET_SHIPPER is thread: delivery takes its share of the program's interpreter, and ends with it. The"
+            f" program's end waits while data moves, and on SIGTERM it drains for {age(resolved.grace_s)}"
+            " (TRACELET_GRACE); what is left then waits for `tracelet ship`."
+        )
     elif reason is not None:
         report.notes.append(
             f"The shipper can't outlive the program: {reason}. So the program's end waits while data moves, and on"
@@ -341,7 +348,8 @@ def _destination_rows(report: Report) -> str:
 def _shipper_rows(shipper: Mapping[str, str | None]) -> list[list[str]]:
     if not shipper:
         return []
-    mode = {"process": "a process beside the program", "off": "off"}.get(str(shipper["mode"]), str(shipper["mode"]))
+    modes = {"process": "a process beside the program", "thread": "a thread of the program"}
+    mode = modes.get(str(shipper["mode"]), str(shipper["mode"]))
     reason = shipper["cannot_outlive"]
     return [["runs as", mode], ["outlives the program", "yes" if reason is None else f"no: {reason}"]]
 

@@ -46,7 +46,11 @@ class Delivery:
         self._folder = Path(ticket.folder)
         self._writer = writer
         self._first = first  # this process began the attempt
-        self._cannot_outlive = launch.can_outlive(ticket.environ or os.environ)
+        self._cannot_outlive = (
+            "TRACELET_SHIPPER=thread: what delivers is a part of this program"
+            if ticket.shipper == "thread"
+            else launch.can_outlive(ticket.environ or os.environ)
+        )
         self._progress: Progress | None = None
         self._in_process: Any = None
         self._shipper: launch.ShipperProcess | None = None
@@ -65,8 +69,18 @@ class Delivery:
         return self._progress
 
     def serve(self) -> None:
-        """See that something ships this folder: the shipper process, and for the console a thread of the first one."""
+        """See that something ships this folder: the shipper process, and for the console a thread of the first one.
+
+        With TRACELET_SHIPPER=thread that is a thread of the first process for everything; other processes of the run
+        leave their records to it.
+        """
         ticket = self._ticket
+        if ticket.shipper == "thread":
+            # Asking who has the shipper's lock would drop it, where this process has it itself.
+            if self._in_process is None and self._first and ticket.destinations:
+                module = import_module("tracelet.shipper.inprocess")
+                self._in_process = module.start_all(self._folder, ticket.secrets, ticket.environ or os.environ)
+            return
         if ticket.shipper != "process":
             return
         here = [d for d in ticket.destinations if d.get("in_process")]
@@ -190,11 +204,12 @@ class Delivery:
         elif self._writer.writer_id is not None:
             self.serve()  # the run's own shipper may be gone
         if self._in_process is not None:
-            self._in_process.stop(5.0)
+            # All of it has been waited for above, where a thread ships everything.
+            self._in_process.stop(1.0 if self._ticket.shipper == "thread" else 5.0)
 
     def _wait_after_end(self, seen_by: str, timeout_s: float | None) -> None:
         ticket = self._ticket
-        if not ticket.destinations or ticket.shipper != "process":
+        if not ticket.destinations or ticket.shipper == "off":
             return
         self.serve()
         heads = self._writer.heads()

@@ -40,7 +40,8 @@ class ExperimentConfig:
         tracking_uri: of MLflow; relative database addresses are made absolute at the start.
         run_id: resumes this run, or names a new one.
         dir: the spool's root folder.
-        shipper: `"process"`, or `"off"` and ship later with `tracelet ship`.
+        shipper: `"process"`; `"thread"` of this program, where no process may be started; or `"off"`, and ship later
+            with `tracelet ship`.
         keep, max_bytes, grace: see the settings page.
 
     Examples:

@@ -9,7 +9,7 @@ from typing import Any, cast
 from tracelet.errors import ConfigError
 from tracelet.exporters.base import Exporter
 
-__all__ = ["KINDS", "build"]
+__all__ = ["KINDS", "build", "preload"]
 
 KINDS: Mapping[str, tuple[str, str]] = {
     "mlflow": ("tracelet.exporters.mlflow.exporter", "MLflowExporter"),
@@ -19,6 +19,35 @@ KINDS: Mapping[str, tuple[str, str]] = {
     "file": ("tracelet.exporters.file", "FileExporter"),
 }
 """Each kind of destination: the module and the class that serve it."""
+
+
+_WITH: Mapping[str, tuple[str, ...]] = {
+    "otlp": (
+        "tracelet.exporters.otlp_http",
+        "opentelemetry.exporter.otlp.proto.common.trace_encoder",
+        "opentelemetry.sdk.trace",
+        "opentelemetry.sdk.metrics",
+        "opentelemetry.sdk._logs",
+    ),
+    "prometheus": ("tracelet.exporters.prometheus_http",),
+    "mlflow": ("tracelet.exporters.mlflow.rest",),
+}
+
+
+def preload(destination: Mapping[str, Any]) -> None:
+    """Load now what serving `destination` would load at its first request.
+
+    For exporters in a program that may end at any moment: on its way out an interpreter starts no threads, and some of
+    these libraries do, or make ready for it, when they are loaded.
+    """
+    kind, spec = str(destination.get("kind")), destination.get("spec", {})
+    names = [KINDS[kind][0], *_WITH.get(kind, ())] if kind in KINDS else []
+    if kind == "otlp" and "grpc" in (spec.get("protocol"), *spec.get("environment", {}).values()):
+        names.append("tracelet.exporters.otlp_grpc")
+    if kind == "mlflow" and not str(spec.get("tracking_uri")).startswith("http"):
+        names += ("tracelet.exporters.mlflow.store", "mlflow.store.tracking.sqlalchemy_store", "mlflow.store.db.utils")
+    for name in names:
+        importlib.import_module(name)
 
 
 def build(destination: Mapping[str, Any], secrets: Mapping[str, Any], environ: Mapping[str, str]) -> Exporter:

@@ -1,6 +1,7 @@
-"""Destinations served by a thread of the training process itself: what can't be in another process, like the console.
+"""Shipping by threads of the training process itself: the console, and all of it where no process may be started.
 
-Such a destination dies with the process. Writers' lock files are never opened here: closing one would drop its lock.
+What is served here dies with the process. Its own writers' lock files, and the shipper's lock that it holds, are never
+opened a second time: closing any descriptor of one would drop the lock.
 """
 
 from __future__ import annotations
@@ -12,28 +13,37 @@ from pathlib import Path
 from typing import Any
 
 from tracelet.exporters import registry
-from tracelet.guard import guard
+from tracelet.guard import guard, logger
 from tracelet.shipper.deaths import Deaths
+from tracelet.shipper.process import suppress_instrumentation
 from tracelet.shipper.shipment import Build, Shipment
+from tracelet.spool.lease import ShipperLock
 from tracelet.spool.lease import is_alive as is_writer_alive
 from tracelet.spool.store import read_manifest
 
-__all__ = ["Handle", "start"]
+__all__ = ["Handle", "start", "start_all"]
 
 
 class Handle:
     """What was started; after a fork the child has no threads, and the handle is good for nothing."""
 
-    def __init__(self, shipment: Shipment) -> None:
+    def __init__(self, shipment: Shipment, lock: ShipperLock | None = None) -> None:
         self._shipment = shipment
+        self._lock = lock
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="tracelet in-process", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
-        with guard("ship in this process"):
-            self._shipment.run(follow=True, stop=self._stop)
-            self._shipment.close()
+        try:
+            with guard("ship in this process"):
+                self._shipment.run(follow=True, stop=self._stop)
+                if self._lock is not None and self._shipment.is_complete():
+                    self._shipment.tidy()
+                self._shipment.close()
+        finally:
+            if self._lock is not None:
+                self._lock.release()
 
     def stop(self, timeout_s: float) -> None:
         """Let it deliver what was logged, at most `timeout_s`; what is left then is left for good with the process."""
@@ -59,20 +69,59 @@ def start(
     """
     manifest = read_manifest(folder)
     assert manifest is not None, "an attempt's manifest is written before anything serves it"
-
-    def is_alive(writer: str) -> bool:
-        opened = shipment.site.roster.opened.get(writer)
-        mine = opened is None or opened.pid == os.getpid()
-        return is_writer_alive(folder, writer, mine=(writer,) if mine else ())
-
     shipment = Shipment(
         folder,
         manifest,
         environ=environ,
         secrets=secrets,
         build=build,
-        deaths=Deaths(folder, is_alive=is_alive),
+        deaths=Deaths(folder, is_alive=lambda writer: _is_alive(shipment, writer)),
         only=[str(destination["id"]) for destination in destinations],
         in_process=True,
     )
     return Handle(shipment)
+
+
+def start_all(
+    folder: Path,
+    secrets: Mapping[str, Mapping[str, Any]],
+    environ: Mapping[str, str],
+    *,
+    build: Build = registry.build,
+) -> Handle | None:
+    """Serve every destination of `folder` as the shipper process would, until the run is over and delivered.
+
+    Those of the program's own process (the console) are among them. None where another process has the shipper's lock:
+    it ships what this one writes.
+
+    Raises:
+        SpoolError: the folder has no manifest this release can read, or belongs to another user.
+    """
+    manifest = read_manifest(folder)
+    assert manifest is not None, "an attempt's manifest is written before anything serves it"
+    lock = ShipperLock(folder)
+    if not lock.acquire():
+        logger.info("another process ships %s", folder)
+        return None
+    shipment = Shipment(
+        folder,
+        manifest,
+        environ=environ,
+        secrets=secrets,
+        build=build,
+        deaths=Deaths(folder, is_alive=lambda writer: _is_alive(shipment, writer)),
+        suppress=suppress_instrumentation,
+        with_in_process=True,
+    )
+    # A short program may be over before its threads have begun, and then none can be started any more.
+    with guard("load the exporters"):
+        for destination in manifest.destinations.values():
+            registry.preload(destination)
+    shipment.tick()
+    return Handle(shipment, lock)
+
+
+def _is_alive(shipment: Shipment, writer: str) -> bool:
+    opened = shipment.site.roster.opened.get(writer)
+    mine = opened is None or opened.pid == os.getpid()
+    return is_writer_alive(shipment.site.folder, writer, mine=(writer,) if mine else ())

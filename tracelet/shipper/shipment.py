@@ -75,11 +75,16 @@ class Shipment:
         deaths: Deaths | None = None,
         only: Sequence[str] | None = None,
         in_process: bool = False,
+        with_in_process: bool = False,
         clock: Clock = time,
         suppress: Callable[[], AbstractContextManager[object]] = nullcontext,
         give_up_s: float = GIVE_UP_S,
     ) -> None:
-        """`only`: ids of the destinations to serve (None: all but those served in the training process)."""
+        """`only`: ids of the destinations to serve (None: all but those served in the training process).
+
+        `in_process`: beside the run's shipper, for destinations of the training process itself. `with_in_process`:
+        this is the run's shipper, in the training process, and serves those too.
+        """
         self.site = Site(
             folder,
             manifest,
@@ -95,6 +100,7 @@ class Shipment:
         self._build = build
         self._only = only
         self._in_process = in_process
+        self._with_in_process = with_in_process
         self._clock = clock
         self._suppress = suppress
         self._give_up_s = give_up_s
@@ -174,7 +180,7 @@ class Shipment:
     def _serves(self, identity: str, destination: Mapping[str, Any]) -> bool:
         if self._only is not None:
             return identity in self._only
-        return bool(destination.get("in_process")) == self._in_process
+        return self._with_in_process or bool(destination.get("in_process")) == self._in_process
 
     def _served(self) -> dict[str, Mapping[str, Any]]:
         known = self.site.manifest.destinations
