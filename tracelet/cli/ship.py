@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from tracelet import backends, settings
-from tracelet.cli import follow
 from tracelet.cli.facts import LOST, RUNNING, Destination, Facts, look, newest
 from tracelet.cli.find import UsageError, add_dir, all_runs, chosen, short_ids
 from tracelet.cli.masking import Sieve
@@ -96,6 +95,8 @@ def run(args: argparse.Namespace) -> int:
     if args.follow:
         if args.to or args.timeout is not None or args.assume_dead or args.all:
             raise UsageError("--follow goes without --to, --timeout, --all and --assume-dead")
+        from tracelet.cli import follow  # loads the shipper whole; listing runs doesn't
+
         return follow.run(resolved, args.wanted)
     until = None if args.timeout is None else time.monotonic() + _seconds(args.timeout)
     entries = chosen(resolved.dir, args.wanted)

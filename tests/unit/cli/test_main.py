@@ -15,7 +15,7 @@ from tracelet.version import __version__
 TRACELET = (sys.executable, "-m", "tracelet")
 
 
-@pytest.mark.parametrize("argv", [[], ["shipp"], ["runs", "--colour"], ["ship", "--follow"], ["show"]])
+@pytest.mark.parametrize("argv", [[], ["shipp"], ["runs", "--colour"], ["ship", "--folow"], ["show"]])
 def test_what_is_no_command_is_a_usage_error(argv: list[str]) -> None:
     with pytest.raises(SystemExit) as left:
         main(argv)
