@@ -19,6 +19,7 @@ from tracelet.exporters.artifact_names import EVENT_HEADER, WHY_HEADER, event_ma
 from tracelet.exporters.artifact_store import TOKEN, TOKEN_FILE, NeverTaken, Waiting
 from tracelet.exporters.original import Original
 from tracelet.exporters.otlp_wire import WIRE_HEADER, scrubbed, suppressed
+from tracelet.exporters.retry_after import retry_after
 
 __all__ = ["GatewayPlace"]
 
@@ -88,10 +89,9 @@ class GatewayPlace:
             raise NeverTaken(f"{self._shown} takes no file as large as {path!r}: {said}")
         if status in (401, 403):
             raise Waiting(f"{self._shown} refuses artifacts of ours ({status}: {said}): check {TOKEN}", loud=True)
-        after = reply.headers.get("Retry-After", "")
         raise Waiting(
             f"{self._shown} answers {status} to an artifact: {said}",
-            float(after) if after.isdecimal() else None,
+            retry_after(reply.headers.get("Retry-After")),
             loud=status in (404, 405, 507) or 300 <= status < 400,
         )
 

@@ -91,7 +91,7 @@ class OtlpDelivery:
                 self._settle(job, reply)
         self._jobs.extendleft(reversed(aside))
         if self._jobs:
-            return later or RetryLater("requests are left to be sent", after_s=0.0)
+            return later or RetryLater("requests are left to be sent")
         self._done()
         if self._uploads is not None:
             self._refusals.extend(self._uploads.refusals)

@@ -22,6 +22,7 @@ from opentelemetry.util.re import parse_env_headers
 
 from tracelet.exporters.otlp_http import rejected_items
 from tracelet.exporters.otlp_wire import WIRE_HEADER, Options, Reply, redacted_headers, scrubbed, suppressed
+from tracelet.exporters.retry_after import granted
 from tracelet.guard import logger
 
 __all__ = ["GrpcSender"]
@@ -163,18 +164,20 @@ def _compression(options: Options) -> grpc.Compression | None:
 
 
 def _retry_delay(error: Any) -> float | None:
-    """The server's RetryInfo, from either of the two trailers it is found in."""
+    """The server's RetryInfo, from either of the two trailers it is found in; None of one that can't be read."""
+    from google.protobuf.message import DecodeError
     from google.rpc.error_details_pb2 import RetryInfo
     from google.rpc.status_pb2 import Status
 
     trailers = {item[0]: item[1] for item in error.trailing_metadata() or ()}
     found = RetryInfo()
-    if "google.rpc.retryinfo-bin" in trailers:
-        found.ParseFromString(trailers["google.rpc.retryinfo-bin"])
-    elif "grpc-status-details-bin" in trailers:
-        status = Status.FromString(trailers["grpc-status-details-bin"])
-        if not any(detail.Unpack(found) for detail in status.details if detail.Is(RetryInfo.DESCRIPTOR)):
-            return None
-    else:
+    try:
+        if "google.rpc.retryinfo-bin" in trailers:
+            found.ParseFromString(trailers["google.rpc.retryinfo-bin"])
+        else:
+            status = Status.FromString(trailers.get("grpc-status-details-bin", b""))
+            if not any(detail.Unpack(found) for detail in status.details if detail.Is(RetryInfo.DESCRIPTOR)):
+                return None
+    except DecodeError:
         return None
-    return float(found.retry_delay.seconds + found.retry_delay.nanos / 1e9)
+    return granted(found.retry_delay.seconds + found.retry_delay.nanos / 1e9)

@@ -7,13 +7,10 @@ SDK is touched, and none of its retries, drops and log lines come into play: it 
 
 from __future__ import annotations
 
-import datetime
 import gzip
 import re
-import time
 import zlib
 from collections.abc import Mapping
-from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -28,8 +25,9 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.sdk.metrics.export import MetricsData
 
 from tracelet.exporters.otlp_wire import WIRE_HEADER, Options, Reply, redacted_headers, scrubbed, suppressed
+from tracelet.exporters.retry_after import retry_after
 
-__all__ = ["HttpSender", "rejected_items", "retry_after"]
+__all__ = ["HttpSender", "rejected_items"]
 
 _EXPORTERS: Mapping[str, Any] = {"metrics": OTLPMetricExporter, "traces": OTLPSpanExporter, "logs": OTLPLogExporter}
 _NOTHING: Mapping[str, Any] = {"metrics": MetricsData(resource_metrics=()), "traces": (), "logs": ()}
@@ -168,10 +166,10 @@ class HttpSender:
             hint = f"is the address right, and does the receiver take {self._signal}?"
             return Reply("later", f"{said}; {hint}", loud=True, elsewhere=True)
         if status == 500:
-            return Reply("fault", said, after_s=retry_after(answer.headers))
+            return Reply("fault", said, after_s=retry_after(answer.headers.get("Retry-After")))
         # 408, 429, other 5xx; and what no rule of OTLP covers is kept, not dropped.
         passing = status in (408, 429) or status > 500
-        return Reply("later", said, after_s=retry_after(answer.headers), loud=not passing)
+        return Reply("later", said, after_s=retry_after(answer.headers.get("Retry-After")), loud=not passing)
 
     def _accepted(self, answer: requests.Response) -> Reply:
         kind = answer.headers.get("Content-Type", "").partition(";")[0].strip().lower()
@@ -225,22 +223,6 @@ def rejected_items(signal: str, content: bytes, kind: str = "application/x-proto
         if name in partial.DESCRIPTOR.fields_by_name:
             return int(getattr(partial, name)), str(partial.error_message)
     return 0, str(partial.error_message)
-
-
-def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds to wait by the `Retry-After` header, given as seconds or as an HTTP date."""
-    value = headers.get("Retry-After", "").strip()
-    if not value:
-        return None
-    if value.isdecimal():
-        return float(value)
-    try:
-        moment = parsedate_to_datetime(value)
-    except ValueError:
-        return None
-    if moment.tzinfo is None:  # "-0000": UTC, nothing said about where
-        moment = moment.replace(tzinfo=datetime.UTC)
-    return max(0.0, moment.timestamp() - time.time())
 
 
 def _place(answer: requests.Response) -> str:

@@ -25,6 +25,13 @@ def test_an_answer_resets_the_wait() -> None:
     assert wait.next_s() == 0.5
 
 
-def test_what_the_destination_asks_for_wins() -> None:
+def test_what_the_destination_asks_for_wins_up_to_an_hour() -> None:
+    assert BackOff().next_s(asked_s=0.1) == 0.1
     assert BackOff().next_s(asked_s=3600.0) == 3600.0
-    assert BackOff().next_s(asked_s=0.0) == 0.0
+    for more in (3601.0, 9e11, 9e300, float("inf")):
+        assert BackOff().next_s(asked_s=more) == 3600.0
+
+
+@pytest.mark.parametrize("nonsense", [float("nan"), -1.0])
+def test_a_wish_that_is_no_wait_is_none(nonsense: float) -> None:
+    assert BackOff(random=lambda: 1.0).next_s(asked_s=nonsense) == 0.5

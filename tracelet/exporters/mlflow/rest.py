@@ -10,6 +10,7 @@ from urllib.parse import quote, urlencode
 
 from tracelet.exporters.mlflow.connection import Connection, Reply
 from tracelet.exporters.mlflow.transport import ExperimentView, MetricRow, NotNow, Refused, RunView, Unclear
+from tracelet.exporters.retry_after import retry_after
 
 __all__ = ["RestTransport", "explain", "metrics_json"]
 
@@ -213,9 +214,9 @@ def explain(reply: Reply, connection: Connection) -> NotNow | Refused:
             loud=True,
         )
     if reply.status == 429:
-        return NotNow(f"{where} asks to wait (429): {said}", _retry_after(reply))
+        return NotNow(f"{where} asks to wait (429): {said}", retry_after(reply.headers.get("retry-after")))
     if reply.status >= 500 or reply.status == 408:
-        return Unclear(f"{where} answers {reply.status}: {said}", _retry_after(reply))
+        return Unclear(f"{where} answers {reply.status}: {said}", retry_after(reply.headers.get("retry-after")))
     if reply.status == 404 and code is None:
         return NotNow(
             f"nothing at {where} answers MLflow's REST API (404): check the tracking URI, its path included", loud=True
@@ -286,13 +287,6 @@ def _error_code(reply: Reply) -> str | None:
         return str(json.loads(reply.body)["error_code"])
     except (ValueError, KeyError, TypeError):
         return None
-
-
-def _retry_after(reply: Reply) -> float | None:
-    try:
-        return max(0.0, float(reply.headers["retry-after"]))
-    except (KeyError, ValueError):
-        return None  # absent, or a date: the shipper's own back-off is good enough
 
 
 def _varint(number: int) -> bytes:
