@@ -69,6 +69,9 @@ def test_a_refused_host_name_names_the_option_that_allows_it(mlflow_server: Mlfl
         (429, b"slow down", {"Retry-After": "7"}, False, 7.0, "429"),
         (503, b"later", {"Retry-After": "3"}, False, 3.0, "503"),
         (502, b"bad gateway", {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, False, None, "502"),
+        (503, b"later", {"Retry-After": "0"}, False, None, "503"),
+        (503, b"later", {"Retry-After": "inf"}, False, None, "503"),
+        (429, b"slow down", {"Retry-After": "999999999999"}, False, 3600.0, "429"),
     ],
 )
 def test_each_answer_of_a_server_becomes_what_to_do(

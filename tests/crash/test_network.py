@@ -1,0 +1,277 @@
+"""Every trouble of a network, made on real sockets: what was logged arrives once it is over, or is kept with reasons.
+
+Pattern: a folder with one writer, one destination's lane stepped on a clock that a test moves (so ten minutes of outage
+take seconds), and a real receiver behind a wire that can be cut. Limit: 20 s of real time for each wait.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from email.utils import formatdate
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.duration_pb2 import Duration
+from google.rpc.error_details_pb2 import RetryInfo
+
+from tests.otlp_batches import otlp_spec
+from tests.shipping import Alive, add_attempt, destination, open_writer, shipment, start, until
+from tests.sinks import GrpcSink, HttpSink, Received, Say, Sink
+from tests.wire import Wire
+from tracelet.exporters.base import Exporter
+from tracelet.exporters.otlp import OTLPExporter
+from tracelet.exporters.prometheus import PrometheusExporter
+from tracelet.guard import guard
+from tracelet.shipper.deaths import Deaths
+from tracelet.shipper.loop import Lane
+from tracelet.shipper.retry import BackOff
+from tracelet.shipper.site import Site
+from tracelet.spool import store
+from tracelet.testing import ManualClock
+
+KINDS = ("http", "grpc", "prometheus")
+PATIENCE_S = 20.0
+
+
+class Line:
+    """A run's folder, a receiver of one kind behind a wire, and the lane between them."""
+
+    def __init__(self, folder: Path, kind: str, stack: ExitStack) -> None:
+        self.kind = kind
+        self.folder = folder
+        self.sink: Sink = stack.enter_context(GrpcSink() if kind == "grpc" else HttpSink())
+        self.wire = stack.enter_context(Wire(self._port()))
+        self.clock = ManualClock(time.time_ns())
+        self.attempt = add_attempt(folder, "a")
+        self.writer = open_writer(folder, self.attempt)
+        start(self.writer)
+        self.waits: list[float] = []  # how long it wanted to be left alone, each time
+        self.troubles: list[str] = []
+        self.lane = self.new_lane()
+        stack.callback(lambda: self.lane.close())
+
+    def _port(self) -> int:
+        return self.sink.port if isinstance(self.sink, GrpcSink) else self.sink.server.server_port  # type: ignore[attr-defined]
+
+    def exporter(self, **more: Any) -> Exporter:
+        at = f"http://127.0.0.1:{self.wire.port}"
+        if self.kind == "prometheus":
+            spec = {"url": f"{at}/v1/metrics", "prefix": "ml.", "window_age_s": 1e6, "window_ahead_s": 1e6} | more
+            return PrometheusExporter({"timeout_s": 0.5} | spec, {}, {})
+        protocol = "grpc" if self.kind == "grpc" else "http/protobuf"
+        return OTLPExporter(otlp_spec(at, **({"protocol": protocol, "timeout_s": 0.5} | more)), {}, {})
+
+    def new_lane(self, **more: Any) -> Lane:
+        manifest = store.read_manifest(self.folder)
+        assert manifest is not None
+        deaths = Deaths(self.folder, is_alive=Alive(), every_s=0.0, clock=self.clock.monotonic)
+        self.site = Site(self.folder, manifest, deaths, clock=self.clock)
+        build = lambda: self.exporter(**more)  # noqa: E731
+        return Lane(self.site, destination("a"), build, clock=self.clock, backoff=BackOff(random=lambda: 1.0))
+
+    def log(self, count: int = 300) -> None:
+        for i in range(count):
+            self.writer.log("loss", i + 0.5, i)
+
+    def step(self) -> None:
+        self.site.look()
+        delay = self.lane.step()
+        if self.lane.trouble is not None and delay > 0:
+            self.waits.append(delay)
+            self.troubles.append(self.lane.trouble)
+            threading.Event().wait(0.005)  # gRPC connects in the background, by real time
+        self.clock.advance(delay)
+
+    def run_until(self, done: Callable[[], bool]) -> None:
+        limit = time.monotonic() + PATIENCE_S
+        while not done():
+            assert time.monotonic() < limit, f"not in time; last trouble: {self.lane.trouble}"
+            self.step()
+
+    def run_for(self, seconds: float) -> None:
+        """Let this much time pass on the lane's clock."""
+        over = self.clock.monotonic() + seconds
+        self.run_until(lambda: self.clock.monotonic() >= over)
+
+    def values(self) -> list[float]:
+        """The values that the receiver has stored, each once."""
+        found = {
+            point.as_double
+            for _, scope, metric in self.sink.metrics()
+            if scope == "tracelet" and metric.name in ("loss", "ml.loss")
+            for point in metric.gauge.data_points
+            if not point.flags
+        }
+        return sorted(found)
+
+    def has_all(self, count: int = 300) -> Callable[[], bool]:
+        return lambda: self.lane.trouble is None and len(self.values()) == count and self.lane.counts[0] == count
+
+    def say(self, status: int, code: str, headers: dict[str, str] | None = None, **more: Any) -> Say:
+        """One answer, in the receiver's own language."""
+        return Say(status, headers=headers or {}, code=grpc.StatusCode[code], **more)
+
+    def letters(self) -> list[dict[str, Any]]:
+        path = self.folder / "rejected-memory-a.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@pytest.fixture
+def line(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Line]:
+    monkeypatch.setattr(guard, "_logged_at", {})  # each test hears what is said once a minute
+    with ExitStack() as stack:
+        yield Line(tmp_path / "run" / "host-boot", request.param, stack)
+
+
+every_kind = pytest.mark.parametrize("line", KINDS, indirect=True)
+
+
+def holds(iteration: int) -> Callable[[Received], bool]:
+    """Whether a request has the point of this value."""
+
+    def look(received: Received) -> bool:
+        return received.signal == "metrics" and any(
+            point.as_double == iteration + 0.5
+            for resource in received.message.resource_metrics
+            for scope in resource.scope_metrics
+            for metric in scope.metrics
+            if metric.name in ("loss", "ml.loss")
+            for point in metric.gauge.data_points
+        )
+
+    return look
+
+
+# ---- the line -------------------------------------------------------------------------------------------------------
+
+
+@every_kind
+def test_ten_minutes_without_a_destination_lose_nothing(line: Line) -> None:
+    line.log(100)
+    line.run_until(line.has_all(100))
+    line.wire.spoil("refusing")
+    for i in range(100, 300):
+        line.writer.log("loss", i + 0.5, i)
+        if i % 20 == 0:
+            line.run_for(60.0)
+    assert line.lane.trouble is not None
+    assert 10 <= len(line.waits) <= 30, "it asks neither all the time nor once in a blue moon"
+    line.wire.mend()
+    line.run_until(line.has_all())
+    assert line.letters() == []
+
+
+@every_kind
+@pytest.mark.parametrize("fault", ["refusing", "hanging", "closing", "resetting", "garbage"])
+def test_a_line_with_a_fault_is_tried_again_until_it_has_none(line: Line, fault: str) -> None:
+    line.wire.spoil(fault)
+    line.log()
+    line.run_until(lambda: len(line.waits) >= 3)
+    assert line.values() == []
+    assert line.waits[:3] == [0.5, 1.0, 2.0]
+    line.wire.mend()
+    line.run_until(line.has_all())
+    assert line.letters() == []
+
+
+@every_kind
+def test_what_arrived_without_an_answer_is_sent_again_byte_for_byte(line: Line) -> None:
+    has_points = holds(7)
+    line.wire.spoil("cut", arrived=lambda: any(has_points(received) for received in line.sink.stored))
+    line.log()
+    line.run_until(lambda: bool(line.waits))
+    line.wire.mend()
+    line.run_until(line.has_all())
+    bodies = [received.body for received in line.sink.requests if has_points(received)]
+    assert len(bodies) >= 2
+    assert len(set(bodies)) == 1
+    assert line.letters() == []
+
+
+@pytest.mark.parametrize("line", ["http", "grpc"], indirect=True)
+def test_a_name_that_no_server_knows_waits_and_all_arrives_once_the_address_is_right(line: Line) -> None:
+    line.lane.close()
+    line.lane = line.new_lane(endpoint="http://collector.invalid:4317")
+    line.log()
+    line.run_until(lambda: len(line.waits) >= 2)
+    assert line.lane.trouble is not None
+    line.lane.close()
+    line.lane = line.new_lane()
+    line.run_until(line.has_all())
+
+
+# ---- answers --------------------------------------------------------------------------------------------------------
+
+
+@every_kind
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [
+        (408, "DEADLINE_EXCEEDED"),
+        (429, "RESOURCE_EXHAUSTED"),
+        (500, "INTERNAL"),
+        (502, "UNKNOWN"),
+        (503, "UNAVAILABLE"),
+        (504, "ABORTED"),
+        (302, "UNIMPLEMENTED"),
+        (401, "UNAUTHENTICATED"),
+        (403, "PERMISSION_DENIED"),
+        (404, "NOT_FOUND"),
+    ],
+)
+def test_an_answer_that_is_no_refusal_is_waited_out(line: Line, status: int, code: str) -> None:
+    line.sink.rule = lambda _: line.say(status, code, {"Location": "http://127.0.0.1:1/"})
+    line.log()
+    line.run_until(lambda: len(line.waits) >= 3)
+    line.sink.rule = None
+    line.run_until(line.has_all())
+    assert line.letters() == []
+
+
+WISHES: dict[str, tuple[str | None, int | None]] = {  # as HTTP has it, and as gRPC
+    "nothing": (None, None),
+    "no time": ("0", 0),
+    "a past date": (formatdate(time.time() - 60, usegmt=True), -60),
+    "a year": ("31536000", 31_536_000),
+    "more than a number": ("9" * 400, 10**11),
+}
+
+
+def retry_info(seconds: int) -> tuple[tuple[str, bytes], ...]:
+    return (("google.rpc.retryinfo-bin", RetryInfo(retry_delay=Duration(seconds=seconds)).SerializeToString()),)
+
+
+@every_kind
+@pytest.mark.parametrize("wish", WISHES)
+def test_a_wish_to_be_left_alone_makes_neither_a_storm_nor_a_silence(line: Line, wish: str) -> None:
+    header, seconds = WISHES[wish]
+    headers = {} if header is None else {"Retry-After": header}
+    trailers = () if seconds is None else retry_info(seconds)
+    line.sink.rule = lambda _: line.say(503, "UNAVAILABLE", headers, trailers=trailers)
+    line.log()
+    line.run_for(1800.0)
+    assert min(line.waits) >= 0.5
+    assert max(line.waits) <= 3600.0
+    assert 1 <= len(line.sink.requests) <= 45
+    line.sink.rule = None
+    line.run_until(line.has_all())
+
+
+@pytest.mark.parametrize("line", ["http", "grpc"], indirect=True)
+def test_no_wish_ends_the_thread_of_a_destination(line: Line) -> None:
+    line.sink.rule = lambda _: line.say(503, "UNAVAILABLE", {"Retry-After": "9" * 400}, trailers=retry_info(10**11))
+    line.log()
+    made = shipment(line.folder, {"a": line.exporter})
+    made.tick()
+    until(lambda: line.sink.requests)
+    until(lambda: made.lanes["memory-a"].trouble)
+    (thread,) = made._threads
+    thread.join(0.1)
+    assert thread.is_alive()
+    made.close()
