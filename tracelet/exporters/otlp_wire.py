@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
+from urllib.parse import urlsplit, urlunsplit
 
 from tracelet.errors import ConfigError
 from tracelet.guard import logger
@@ -149,8 +150,11 @@ def _endpoint(
 ) -> str | None:
     if argument is not None:
         return _with_path(argument, signal, protocol)
-    if _variable(environ, signal, "ENDPOINT"):
-        return None  # OTel's exporter finds it there
+    own = environ.get(f"{PREFIX}{signal.upper()}_ENDPOINT", "").strip() or None
+    shared = environ.get(f"{PREFIX}ENDPOINT", "").strip()
+    if own or shared:
+        # OTel's exporter finds it there; but it writes the path behind a query, `?key=1/v1/metrics`.
+        return _with_path(shared, signal, protocol) if not own and urlsplit(shared).query else None
     exact = remembered.get(f"{PREFIX}{signal.upper()}_ENDPOINT")
     if exact:
         return exact
@@ -162,8 +166,9 @@ def _with_path(base: str, signal: str, protocol: str) -> str:
     if protocol == "grpc":
         return base
     # Many people paste the address of one signal; all three are next to each other.
-    stem = re.sub(r"/v1/(metrics|traces|logs)/?$", "", base).rstrip("/")
-    return f"{stem}/v1/{signal}"
+    parts = urlsplit(base)
+    stem = re.sub(r"/v1/(metrics|traces|logs)/?$", "", parts.path).rstrip("/")
+    return urlunsplit(parts._replace(path=f"{stem}/v1/{signal}"))
 
 
 @contextlib.contextmanager
