@@ -164,16 +164,14 @@ class OtlpDelivery:
         """Name the items that a partial success rejected, by sending the halves again, where that tells.
 
         A repeat has no effect at a receiver that takes repeats. Where the counts of the halves don't add up (one that
-        calls every repeat a duplicate), nothing more is sent, and the count stands for the names.
+        calls every repeat a duplicate), nothing more is sent, and all items that it may be are kept.
         """
         if count >= len(load):
             return _refused(load, reason)
         halves = load.halves()
         replies = [self._send(half.signal, half.encode()) for half in halves]
         if any(r.kind != "accepted" for r in replies) or sum(r.rejected for r in replies) != count:
-            what, first = load.describe(0)
-            facts = {"count": count, "of": len(load), "first": first, "last": load.describe(len(load) - 1)[1]}
-            return [Refusal(what, reason or "rejected without a reason", facts)]
+            return [_not_told(load, count, reason)]
         return [
             refusal
             for half, answer in zip(halves, replies, strict=True)
@@ -185,3 +183,13 @@ class OtlpDelivery:
 def _refused(load: Load, reason: str) -> list[Refusal]:
     described = (load.describe(i) for i in range(len(load)))
     return [Refusal(what, reason or "rejected without a reason", facts) for what, facts in described]
+
+
+def _not_told(load: Load, count: int, reason: str) -> Refusal:
+    """`count` of the load's items are rejected, and not said which: all of them are kept, since some are nowhere else.
+
+    One refusal, so that the counts stay right; the segment they stood in may be deleted once it is delivered.
+    """
+    described = [load.describe(i) for i in range(len(load))]
+    facts = {"count": count, "of": len(load), "items": [item for _, item in described]}
+    return Refusal(described[0][0], f"{reason or 'rejected without a reason'} (not said which)", facts)
