@@ -113,6 +113,11 @@ class Line:
     def has_all(self, count: int = 300) -> Callable[[], bool]:
         return lambda: self.lane.trouble is None and len(self.values()) == count and self.lane.counts[0] == count
 
+    def has_all_but(self, one: int, count: int = 300) -> Callable[[], bool]:
+        """All are taken note of, and stored but for the value of iteration `one`."""
+        rest = [i + 0.5 for i in range(count) if i != one]
+        return lambda: self.lane.trouble is None and self.lane.counts[0] >= count - 1 and self.values() == rest
+
     def say(self, status: int, code: str, headers: dict[str, str] | None = None, **more: Any) -> Say:
         """One answer, in the receiver's own language."""
         return Say(status, headers=headers or {}, code=grpc.StatusCode[code], **more)
@@ -275,3 +280,128 @@ def test_no_wish_ends_the_thread_of_a_destination(line: Line) -> None:
     thread.join(0.1)
     assert thread.is_alive()
     made.close()
+
+
+@every_kind
+def test_a_success_that_is_no_otlp_is_said_and_nothing_counts_as_delivered(
+    line: Line, caplog: pytest.LogCaptureFixture
+) -> None:
+    if isinstance(line.sink, GrpcSink):
+        line.sink.garbage = b"\xff\xfe\x00garbage"
+    line.sink.rule = lambda _: Say(200, body=b"Please log in", headers={"Content-Type": "text/plain"})
+    line.log()
+    line.run_until(lambda: len(line.waits) >= 3)
+    assert line.lane.counts[0] == 0
+    assert "is no OTLP receiver" in caplog.text
+    if isinstance(line.sink, GrpcSink):
+        line.sink.garbage = None
+    line.sink.rule = None
+    line.run_until(line.has_all())
+
+
+@every_kind
+def test_one_bad_point_is_found_and_kept_with_the_reason_and_all_others_arrive(line: Line) -> None:
+    bad = holds(123)
+    line.sink.rule = lambda received: line.say(400, "INVALID_ARGUMENT", message="too old") if bad(received) else None
+    line.log()
+    line.run_until(line.has_all_but(123))
+    (letter,) = line.letters()
+    assert letter["what"] == "point"
+    assert "too old" in letter["reason"]
+    assert "123.5" in json.dumps(letter["facts"])
+
+
+@every_kind
+def test_a_fault_over_one_request_is_pinned_on_its_point_while_others_pass(line: Line) -> None:
+    bad = holds(123)
+    line.log(100)
+    line.run_until(line.has_all(100))
+    line.sink.rule = lambda received: line.say(500, "INTERNAL", message="no letter") if bad(received) else None
+    for i in range(100, 300):
+        line.writer.log("loss", i + 0.5, i)
+    line.run_until(line.has_all_but(123))
+    (letter,) = line.letters()
+    assert "no letter" in letter["reason"]
+    assert "123.5" in json.dumps(letter["facts"])
+
+
+@every_kind
+def test_what_is_too_large_is_split_until_it_passes(line: Line) -> None:
+    line.sink.rule = lambda received: (
+        line.say(413, "RESOURCE_EXHAUSTED", message="Received message larger than max (9 vs. 8)")
+        if len(received.body) > 4_000
+        else None
+    )
+    line.log()
+    line.run_until(line.has_all())
+    assert line.letters() == []
+    assert any(len(received.body) > 4_000 for received in line.sink.requests)
+
+
+@every_kind
+@pytest.mark.parametrize("located", [True, False])
+def test_what_a_partial_success_leaves_out_is_kept_with_its_values(line: Line, located: bool) -> None:
+    bad = holds(123)
+    seen: list[Received] = []
+
+    def rule(received: Received) -> Say | None:
+        if not bad(received) or (seen and not located):
+            return None
+        seen.append(received)
+        return Say(rejected=1, message="duplicate")
+
+    line.sink.rule = rule
+    line.log()
+    line.run_until(lambda: line.lane.trouble is None and line.lane.counts[0] >= 299)
+    (letter,) = line.letters()
+    assert "duplicate" in letter["reason"]
+    assert "123.5" in json.dumps(letter["facts"])
+    assert line.lane.counts[1] == 1
+
+
+# ---- beside it ------------------------------------------------------------------------------------------------------
+
+
+def test_a_destination_that_hangs_or_is_gone_delays_no_other(tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "host-boot"
+    attempt = add_attempt(folder, "hangs", "is-gone", "resets", "is-busy", "lives-http", "lives-grpc")
+    writer = open_writer(folder, attempt)
+    start(writer)
+    with ExitStack() as stack:
+        busy, http = stack.enter_context(HttpSink()), stack.enter_context(HttpSink())
+        live = stack.enter_context(GrpcSink())
+        wires = {fault: stack.enter_context(Wire(1)) for fault in ("hanging", "refusing", "resetting")}
+        for fault, wire in wires.items():
+            wire.spoil(fault)
+        busy.rule = lambda _: Say(503, headers={"Retry-After": "3600"})
+
+        def otlp(endpoint: str, protocol: str = "http/protobuf") -> Callable[[], Exporter]:
+            return lambda: OTLPExporter(otlp_spec(endpoint, protocol=protocol, timeout_s=10.0), {}, {})
+
+        made = shipment(
+            folder,
+            {
+                "hangs": otlp(f"http://127.0.0.1:{wires['hanging'].port}"),
+                "is-gone": otlp(f"http://127.0.0.1:{wires['refusing'].port}"),
+                "resets": otlp(f"http://127.0.0.1:{wires['resetting'].port}"),
+                "is-busy": otlp(busy.endpoint),
+                "lives-http": otlp(http.endpoint),
+                "lives-grpc": otlp(live.endpoint, "grpc"),
+            },
+        )
+        made.tick()
+        until(lambda: wires["hanging"].connections)  # its first request waits for ten seconds, from now
+        for i in range(5_000):
+            writer.log("loss", i + 0.5, i)
+
+        def delivered() -> bool:
+            made.tick()
+            return all(made.lanes[f"memory-lives-{kind}"].counts[0] == 5_000 for kind in ("http", "grpc"))
+
+        until(delivered)
+        for sink in (http, live):
+            assert sorted(point.value for point in sink.points()) == [i + 0.5 for i in range(5_000)]
+        assert wires["hanging"].connections == 1, "all that was while the first request hung"
+        assert made.lanes["memory-hangs"].trouble is None
+        wires["hanging"].mend()  # lets it go, so that nobody waits for its ten seconds
+        made.close()

@@ -20,7 +20,7 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportM
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.util.re import parse_env_headers
 
-from tracelet.exporters.otlp_http import rejected_items
+from tracelet.exporters.otlp_http import accepted
 from tracelet.exporters.otlp_wire import WIRE_HEADER, Options, Reply, redacted_headers, scrubbed, suppressed
 from tracelet.exporters.retry_after import granted
 from tracelet.guard import logger
@@ -103,8 +103,8 @@ class GrpcSender:
                 )
             except grpc.RpcError as error:
                 return self._read(error)
-        rejected, message = rejected_items(self._signal, content)
-        return Reply("accepted", scrubbed(message, self._secrets), rejected=rejected)
+        clean = lambda text: scrubbed(text, self._secrets)  # noqa: E731
+        return accepted(self._signal, content, "application/x-protobuf", clean, "the OTLP receiver")
 
     def close(self) -> None:
         """Let the channel go."""

@@ -8,9 +8,10 @@ SDK is touched, and none of its retries, drops and log lines come into play: it 
 from __future__ import annotations
 
 import gzip
+import json
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -27,7 +28,7 @@ from opentelemetry.sdk.metrics.export import MetricsData
 from tracelet.exporters.otlp_wire import WIRE_HEADER, Options, Reply, redacted_headers, scrubbed, suppressed
 from tracelet.exporters.retry_after import retry_after
 
-__all__ = ["HttpSender", "rejected_items"]
+__all__ = ["HttpSender", "accepted"]
 
 _EXPORTERS: Mapping[str, Any] = {"metrics": OTLPMetricExporter, "traces": OTLPSpanExporter, "logs": OTLPLogExporter}
 _NOTHING: Mapping[str, Any] = {"metrics": MetricsData(resource_metrics=()), "traces": (), "logs": ()}
@@ -36,6 +37,10 @@ _RESPONSES: Mapping[str, Any] = {
     "traces": ExportTraceServiceResponse,
     "logs": ExportLogsServiceResponse,
 }
+_REJECTED = {"metrics": "rejected_data_points", "traces": "rejected_spans", "logs": "rejected_log_records"}
+# Go's servers, and so some receivers, guess the type of an answer for which none was set.
+_PROTOBUF = frozenset({"application/x-protobuf", "application/protobuf", "application/octet-stream", ""})
+_JSON = frozenset({"application/json"})
 _COMPRESSIONS = {"gzip": Compression.Gzip, "none": Compression.NoCompression}
 _GZIP_LEVEL = 1  # 0.15 us a point for 15.5 bytes; OTel's level 9 takes 2.4 to 5.4 us for 15.0
 
@@ -173,15 +178,7 @@ class HttpSender:
 
     def _accepted(self, answer: requests.Response) -> Reply:
         kind = answer.headers.get("Content-Type", "").partition(";")[0].strip().lower()
-        if kind == "text/html":
-            return Reply(
-                "later",
-                f"{_place(answer)} answered with a web page: it is no OTLP receiver (a proxy's log-in page?)",
-                loud=True,
-                elsewhere=True,
-            )
-        rejected, message = rejected_items(self._signal, answer.content, kind)
-        return Reply("accepted", self._clean(message), rejected=rejected)
+        return accepted(self._signal, answer.content, kind, self._clean, _place(answer))
 
     def _clean(self, text: str) -> str:
         return scrubbed(text, self._secrets)
@@ -206,23 +203,36 @@ def _provided_session(options: Options) -> requests.Session | None:
     raise RuntimeError(f"credential provider {name!r} (in {names[0]}) is not installed")
 
 
-def rejected_items(signal: str, content: bytes, kind: str = "application/x-protobuf") -> tuple[int, str]:
-    """How many items a 2xx answer says it rejected, and its message."""
+def accepted(signal: str, content: bytes, kind: str, clean: Callable[[str], str], place: str) -> Reply:
+    """What a 2xx, or gRPC's OK, says: all taken, some items rejected; or, by its body, that no OTLP receiver said it.
+
+    Only a receiver's own answer counts as delivery. A proxy's log-in page, a health check's "ok" or a service that
+    takes any POST would otherwise swallow a run without a word. No body at all is a success: some receivers say 204.
+    """
     response = _RESPONSES[signal]()
     try:
-        if kind == "application/json":
-            from google.protobuf.json_format import Parse
+        if kind in _JSON:
+            from google.protobuf.json_format import ParseDict
 
-            Parse(content or b"{}", response, ignore_unknown_fields=True)
-        else:
+            said = json.loads(content or b"{}")
+            if not isinstance(said, dict):
+                raise ValueError(kind)
+            ParseDict(said, response, ignore_unknown_fields=True)
+        elif kind in _PROTOBUF or (not content and kind != "text/html"):
             response.ParseFromString(content)
-    except Exception:  # noqa: BLE001 - two parsers, several kinds of error, and all mean: no OTLP, but a 2xx it was
-        return 0, ""
+        else:
+            raise ValueError(kind)
+    except Exception:  # noqa: BLE001 - two parsers with several kinds of error, differing between protobuf's runtimes
+        what = "a web page" if kind == "text/html" else f"{len(content)} bytes of {kind or 'no named type'}"
+        return Reply(
+            "later",
+            f"{place} answered with success, but with {what} where OTLP has its own answer: it is no OTLP receiver"
+            f" (a proxy's log-in page, another service?): is the address right, and does it take {signal}?",
+            loud=True,
+            elsewhere=True,
+        )
     partial = response.partial_success
-    for name in ("rejected_data_points", "rejected_spans", "rejected_log_records"):
-        if name in partial.DESCRIPTOR.fields_by_name:
-            return int(getattr(partial, name)), str(partial.error_message)
-    return 0, str(partial.error_message)
+    return Reply("accepted", clean(partial.error_message), rejected=int(getattr(partial, _REJECTED[signal])))
 
 
 def _place(answer: requests.Response) -> str:

@@ -136,6 +136,19 @@ def test_an_argument_wins_and_the_address_of_training_time_stands_behind(
     assert exporter(None, environment=remembered).begin(batch(rows(1))).attempt() == Delivered()
 
 
+@pytest.mark.parametrize("how", ["argument", "variable", "remembered"])
+def test_a_query_stays_behind_the_path(sink: HttpSink, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    at = f"{sink.endpoint}/base?token=x&b=1"
+    if how == "variable":
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", at)
+    made = exporter(
+        at if how == "argument" else None,
+        environment={"OTEL_EXPORTER_OTLP_ENDPOINT": at} if how == "remembered" else {},
+    )
+    assert made.begin(batch(rows(1))).attempt() == Delivered()
+    assert [received.path for received in sink.stored] == ["/base/v1/metrics?token=x&b=1"]
+
+
 @pytest.mark.parametrize(("compression", "smaller"), [("gzip", True), ("deflate", True), ("none", False)])
 def test_compression_is_the_variables(
     sink: HttpSink, monkeypatch: pytest.MonkeyPatch, compression: str, smaller: bool
@@ -213,12 +226,47 @@ def test_retry_after_is_read_as_seconds_and_as_a_date(sink: HttpSink) -> None:
     assert answer.after_s == pytest.approx(100, abs=5)
 
 
-def test_a_web_page_with_status_200_is_no_delivery(sink: HttpSink) -> None:
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        ("text/html", b"<html>log in</html>"),
+        ("text/html; charset=utf-8", b""),
+        ("text/plain", b"Please log in"),
+        ("text/plain; charset=utf-8", b"ok"),
+        ("application/x-protobuf", b"\xff\xfe\x00garbage"),
+        ("application/octet-stream", b"\xff\xfe\x00garbage"),
+        ("application/json", b"not json"),
+        ("application/json", b"[1, 2]"),
+        ("application/json", b'"ok"'),
+    ],
+)
+def test_a_success_in_words_that_are_not_otlp_is_no_delivery(sink: HttpSink, kind: str, body: bytes) -> None:
     delivery = exporter(sink.endpoint).begin(batch(rows(1)))
-    sink.script.append(Say(200, body=b"<html>log in</html>", headers={"Content-Type": "text/html"}))
+    sink.script.append(Say(200, body=body, headers={"Content-Type": kind}))
     answer = delivery.attempt()
     assert isinstance(answer, RetryLater)
     assert answer.loud
+    assert "is no OTLP receiver" in answer.reason
+    assert delivery.attempt() == Delivered()
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "body"),
+    [
+        (200, "application/x-protobuf", b""),
+        (202, "text/plain", b""),
+        (204, "", b""),
+        (200, "application/json", b""),
+        (200, "application/json; charset=utf-8", b"{}"),
+        (200, "application/json", b'{"partialSuccess": {}, "more": 1}'),
+        (200, "application/octet-stream", b""),
+    ],
+)
+def test_a_receivers_own_success_is_one_in_each_of_its_forms(
+    sink: HttpSink, status: int, kind: str, body: bytes
+) -> None:
+    sink.script.append(Say(status, body=body, headers={"Content-Type": kind}))
+    assert exporter(sink.endpoint).begin(batch(rows(1))).attempt() == Delivered()
 
 
 def test_nobody_there_and_no_answer_in_time_are_tried_later(sink: HttpSink) -> None:
@@ -264,12 +312,17 @@ def test_a_partial_success_is_located(sink: HttpSink) -> None:
     assert (refusal.facts["iteration"], refusal.reason) == (5, "duplicate")
 
 
-def test_a_partial_success_that_can_not_be_located_is_counted(sink: HttpSink) -> None:
+def test_of_a_partial_success_that_can_not_be_located_every_value_is_kept(sink: HttpSink) -> None:
     sink.script.append(Say(rejected=3, message="sampled"))
     sink.rule = lambda _: Say(rejected=1)
     answer = exporter(sink.endpoint).begin(batch(rows(40))).attempt()
     assert isinstance(answer, Rejected)
-    assert [item.facts["count"] for item in answer.items] == [3]
+    (refusal,) = answer.items
+    assert (refusal.what, refusal.reason) == ("point", "sampled (not said which)")
+    assert (refusal.facts["count"], refusal.facts["of"]) == (3, 40)
+    assert refusal.facts["items"] == [
+        {"name": "m0", "iteration": i, "value": i / 8, "time_unix_nano": START + i * MS} for i in range(40)
+    ]
 
 
 def test_a_warning_without_a_rejection_is_no_refusal(sink: HttpSink) -> None:
