@@ -7,6 +7,7 @@ about an answer.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
@@ -59,6 +60,7 @@ _LATER = frozenset(
 _REFUSED = frozenset(
     (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.ALREADY_EXISTS)
 )
+_UNTRUSTED = re.compile(r"CERTIFICATE_VERIFY_FAILED|Hostname Verification", re.IGNORECASE)  # gRPC's own words
 _COMPRESSIONS = {"gzip": grpc.Compression.Gzip, "none": grpc.Compression.NoCompression}
 
 
@@ -124,6 +126,10 @@ class GrpcSender:
             return Reply("later", "a header's name or value isn't legal in gRPC (a line break in a token?)", loud=True)
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
             return Reply("too_large", said)
+        if code in _LATER and _UNTRUSTED.search(details):
+            # gRPC calls this unavailable like any outage, but no waiting mends it.
+            hint = "the receiver's certificate doesn't hold: check it, and OTEL_EXPORTER_OTLP_CERTIFICATE"
+            return Reply("later", f"{said}; {hint}", loud=True)
         if code in _LATER:
             return Reply("later", said + self._hint, after_s=_retry_delay(error))
         if code in _REFUSED:
