@@ -146,14 +146,18 @@ def attributes(message: Any) -> dict[str, Any]:
     return {each.key: getattr(each.value, each.value.WhichOneof("value")) for each in message.attributes}
 
 
-def certificate(folder: Path) -> tuple[Path, Path]:
-    """A new self-signed certificate for localhost and its key, as files."""
+def certificate(folder: Path, name: str = "localhost", *, expired: bool = False) -> tuple[Path, Path]:
+    """A new self-signed certificate for `name` and its key, as files."""
+    folder.mkdir(exist_ok=True)
     key, public = folder / "key.pem", folder / "cert.pem"
     command = (
         f"openssl req -x509 -newkey rsa:2048 -nodes -keyout {key} -out {public} -days 2"
-        " -subj /CN=localhost -addext subjectAltName=DNS:localhost"
+        f" -subj /CN={name} -addext subjectAltName=DNS:{name}"
     )
     subprocess.run(command.split(), check=True, capture_output=True)
+    if expired:
+        again = f"openssl x509 -in {public} -signkey {key} -days 0 -out {public}"
+        subprocess.run(again.split(), check=True, capture_output=True)
     return public, key
 
 

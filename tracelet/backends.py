@@ -6,6 +6,7 @@ and its secrets (for the shipper alone, by its standard input), from which the s
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -65,7 +66,9 @@ class OTLP:
 
     What is None comes from the OTEL_EXPORTER_OTLP_* variables, else from OpenTelemetry's defaults. As in
     OpenTelemetry's variables, `endpoint` is the base address; over HTTP `v1/metrics`, `v1/traces` and `v1/logs`
-    are appended to it. `protocol` is "http/protobuf" or "grpc", `compression` "gzip" or "none".
+    are appended to it. `protocol` is "http/protobuf" or "grpc", `compression` "gzip" or "none". `headers_file` holds a
+    token, or lines `name: value`, and is read again when it changes and after every refusal
+    (TRACELET_OTLP_HEADERS_FILE); `headers` win over it, and both over the variables.
     """
 
     endpoint: str | None = None
@@ -73,6 +76,7 @@ class OTLP:
     headers: Mapping[str, str] | None = field(default=None, repr=False)
     compression: str | None = None
     timeout_s: float | None = None
+    headers_file: str | os.PathLike[str] | None = None
     explicit: bool = True  # False: chosen by the environment, then only signals with an endpoint are sent
 
     def __repr__(self) -> str:
@@ -87,6 +91,8 @@ class Prometheus:
     `url` is the server's address (`http://prometheus:9090`), its OTLP base (`.../api/v1/otlp`) or the whole address of
     metrics. What is None comes from the settings: TRACELET_PROMETHEUS_URL, TRACELET_METRIC_PREFIX, TRACELET_WINDOW_AGE,
     TRACELET_WINDOW_AHEAD. Points older than `window_age` or further ahead than `window_ahead` aren't sent, but counted.
+    `headers_file` is as `OTLP` has it; `certificate` is the authority's file, `client_certificate` and `client_key`
+    are what this side shows (PEM; TRACELET_PROMETHEUS_HEADERS_FILE, _CERTIFICATE, _CLIENT_CERTIFICATE, _CLIENT_KEY).
 
     Examples:
         >>> from tracelet.backends import Prometheus
@@ -100,6 +106,10 @@ class Prometheus:
     window_age: float | str | None = None
     window_ahead: float | str | None = None
     timeout_s: float | None = None
+    headers_file: str | os.PathLike[str] | None = None
+    certificate: str | os.PathLike[str] | None = None
+    client_certificate: str | os.PathLike[str] | None = None
+    client_key: str | os.PathLike[str] | None = None
 
     def __repr__(self) -> str:
         shown = None if self.url is None else without_credentials(self.url)
@@ -218,10 +228,10 @@ def to_destination(spec: Spec, environ: Mapping[str, str], cwd: Path) -> tuple[d
         fields, secrets = _mlflow(spec, environ, cwd)
         address: object = fields["tracking_uri"]
     elif isinstance(spec, OTLP):
-        fields, secrets = _otlp(spec, environ)
+        fields, secrets = _otlp(spec, environ, cwd)
         address = [fields["endpoint"], fields["environment"] if fields["endpoint"] is None else None]
     elif isinstance(spec, Prometheus):
-        fields, secrets = _prometheus(spec)
+        fields, secrets = _prometheus(spec, cwd)
         address = [fields["url"], fields["prefix"]]
     elif isinstance(spec, File):
         path = os.path.abspath(cwd / Path(spec.path or "tracelet.otlp.jsonl").expanduser())
@@ -282,7 +292,7 @@ def _absolute_sqlite(uri: str, cwd: Path) -> str:
     return f"{head}:///{os.path.abspath(os.path.join(cwd, path))}{mark}{query}"
 
 
-def _otlp(spec: OTLP, environ: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _otlp(spec: OTLP, environ: Mapping[str, str], cwd: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if spec.protocol not in (None, "http/protobuf", "grpc"):
         raise ConfigError(f"OTLP protocol is {spec.protocol!r}, but has to be 'http/protobuf' or 'grpc'")
     if spec.compression not in (None, "gzip", "none"):
@@ -312,6 +322,7 @@ def _otlp(spec: OTLP, environ: Mapping[str, str]) -> tuple[dict[str, Any], dict[
         "timeout_s": spec.timeout_s,
         "signals": list(SIGNALS if spec.explicit else _signals(environ)),
         "environment": public,
+        **_files(spec, ("headers_file",), cwd),
     }
     secrets: dict[str, Any] = {}
     if spec.headers:
@@ -327,7 +338,7 @@ _PREFIX = re.compile(r"[A-Za-z][A-Za-z0-9_.:]*", re.ASCII)
 _PROMETHEUS = "http://localhost:9090"
 
 
-def _prometheus(spec: Prometheus) -> tuple[dict[str, Any], dict[str, Any]]:
+def _prometheus(spec: Prometheus, cwd: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     given = spec.url or _PROMETHEUS
     parts = urlsplit(given)
     shown = without_credentials(given)
@@ -357,21 +368,35 @@ def _prometheus(spec: Prometheus) -> tuple[dict[str, Any], dict[str, Any]]:
     secrets: dict[str, Any] = {} if public == url else {"url": url}
     if spec.headers:
         secrets["headers"] = dict(spec.headers)
-    return {"url": public, "prefix": prefix, **windows, "timeout_s": spec.timeout_s}, secrets
+    if spec.client_key is not None and spec.client_certificate is None:
+        raise ConfigError("Prometheus has a client_key, but no client_certificate that it belongs to")
+    files = _files(spec, ("headers_file", "certificate", "client_certificate", "client_key"), cwd)
+    return {"url": public, "prefix": prefix, **windows, "timeout_s": spec.timeout_s, **files}, secrets
+
+
+def _files(spec: OTLP | Prometheus, names: Iterable[str], cwd: Path) -> dict[str, str]:
+    """Those of these files that the specification names, absolute: the shipper may have another working folder."""
+    named = ((name, getattr(spec, name)) for name in names)
+    return {name: os.path.abspath(cwd / Path(path).expanduser()) for name, path in named if path is not None}
 
 
 def _filled(spec: Spec, settings: Settings | None) -> Spec:
     """`spec` with what it leaves open taken from the settings."""
-    if settings is None or not isinstance(spec, Prometheus):
+    if settings is None or not isinstance(spec, OTLP | Prometheus):
         return spec
-    return Prometheus(
-        settings.prometheus_url if spec.url is None else spec.url,
-        settings.metric_prefix if spec.prefix is None else spec.prefix,
-        spec.headers,
-        settings.window_age_s if spec.window_age is None else spec.window_age,
-        settings.window_ahead_s if spec.window_ahead is None else spec.window_ahead,
-        spec.timeout_s,
-    )
+    found: dict[str, Any] = {"headers_file": settings.otlp_headers_file}
+    if isinstance(spec, Prometheus):
+        found = {
+            "url": settings.prometheus_url,
+            "prefix": settings.metric_prefix,
+            "window_age": settings.window_age_s,
+            "window_ahead": settings.window_ahead_s,
+            "headers_file": settings.prometheus_headers_file,
+            "certificate": settings.prometheus_certificate,
+            "client_certificate": settings.prometheus_client_certificate,
+            "client_key": None if spec.client_certificate else settings.prometheus_client_key,
+        }
+    return dataclasses.replace(spec, **{name: value for name, value in found.items() if getattr(spec, name) is None})
 
 
 def _signals(environ: Mapping[str, str]) -> tuple[str, ...]:

@@ -55,7 +55,12 @@ class Settings:
     keep: Keep
     max_bytes: int | None
     grace_s: float
+    otlp_headers_file: Path | None  # of the destination otlp
     prometheus_url: str | None  # of the destination prometheus
+    prometheus_headers_file: Path | None
+    prometheus_certificate: Path | None
+    prometheus_client_certificate: Path | None
+    prometheus_client_key: Path | None
     metric_prefix: str
     window_age_s: float
     window_ahead_s: float
@@ -158,6 +163,13 @@ def _parse_dir(value: object) -> Path:
     return Path(value).expanduser()
 
 
+def _parse_file(value: object) -> Path:
+    try:
+        return _parse_dir(value)
+    except ValueError:
+        raise ValueError("a file") from None
+
+
 def _parse_shipper(value: object) -> str:
     if value not in ("process", "thread", "off"):
         raise ValueError("process, thread or off")
@@ -247,11 +259,46 @@ SETTINGS: tuple[Setting, ...] = (
         "How long a program that gets SIGTERM drains, where the shipper can't outlive it.",
     ),
     Setting(
+        "otlp_headers_file",
+        "TRACELET_OTLP_HEADERS_FILE",
+        _parse_file,
+        "none",
+        "A file with a token, or with lines `name: value`, for the destination `otlp`; read again when it changes.",
+    ),
+    Setting(
         "prometheus_url",
         "TRACELET_PROMETHEUS_URL",
         _parse_text,
         "`http://localhost:9090`",
         "The server of the destination `prometheus`: its address, or its OTLP base as the collector's file has it.",
+    ),
+    Setting(
+        "prometheus_headers_file",
+        "TRACELET_PROMETHEUS_HEADERS_FILE",
+        _parse_file,
+        "none",
+        "The same for the destination `prometheus`.",
+    ),
+    Setting(
+        "prometheus_certificate",
+        "TRACELET_PROMETHEUS_CERTIFICATE",
+        _parse_file,
+        "the usual authorities, or `REQUESTS_CA_BUNDLE`",
+        "The authority (PEM) that signed the certificate of the destination `prometheus`.",
+    ),
+    Setting(
+        "prometheus_client_certificate",
+        "TRACELET_PROMETHEUS_CLIENT_CERTIFICATE",
+        _parse_file,
+        "none",
+        "The certificate (PEM) that this side shows to the destination `prometheus`: mutual TLS.",
+    ),
+    Setting(
+        "prometheus_client_key",
+        "TRACELET_PROMETHEUS_CLIENT_KEY",
+        _parse_file,
+        "in the certificate's file",
+        "The key (PEM) of that certificate.",
     ),
     Setting(
         "metric_prefix",
@@ -478,7 +525,12 @@ def _defaults(environ: Mapping[str, str], cwd: Path, argv: Sequence[str]) -> dic
         "keep": (Keep(), "default"),
         "max_bytes": (None, "default"),
         "grace": (25.0, "default"),
+        "otlp_headers_file": (None, "default"),
         "prometheus_url": (None, "default"),
+        "prometheus_headers_file": (None, "default"),
+        "prometheus_certificate": (None, "default"),
+        "prometheus_client_certificate": (None, "default"),
+        "prometheus_client_key": (None, "default"),
         "metric_prefix": ("ml.", "default"),
         "window_age": (143 * 3600.0, "default"),
         "window_ahead": (540.0, "default"),

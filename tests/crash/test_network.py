@@ -7,6 +7,7 @@ take seconds), and a real receiver behind a wire that can be cut. Limit: 20 s of
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -45,8 +46,11 @@ class Line:
     def __init__(self, folder: Path, kind: str, stack: ExitStack) -> None:
         self.kind = kind
         self.folder = folder
-        self.sink: Sink = stack.enter_context(GrpcSink() if kind == "grpc" else HttpSink())
-        self.wire = stack.enter_context(Wire(self._port()))
+        self.secrets: dict[str, Any] = {}
+        self.sink: Sink = stack.enter_context(self._sink())
+        port = self.sink.port if isinstance(self.sink, GrpcSink) else self.sink.server.server_port  # type: ignore[attr-defined]
+        self.wire = stack.enter_context(Wire(port))
+        self.port = self.wire.port
         self.clock = ManualClock(time.time_ns())
         self.attempt = add_attempt(folder, "a")
         self.writer = open_writer(folder, self.attempt)
@@ -56,16 +60,17 @@ class Line:
         self.lane = self.new_lane()
         stack.callback(lambda: self.lane.close())
 
-    def _port(self) -> int:
-        return self.sink.port if isinstance(self.sink, GrpcSink) else self.sink.server.server_port  # type: ignore[attr-defined]
+    def _sink(self) -> Any:
+        return GrpcSink() if self.kind == "grpc" else HttpSink()
 
     def exporter(self, **more: Any) -> Exporter:
-        at = f"http://127.0.0.1:{self.wire.port}"
+        at = f"http://127.0.0.1:{self.port}"
         if self.kind == "prometheus":
             spec = {"url": f"{at}/v1/metrics", "prefix": "ml.", "window_age_s": 1e6, "window_ahead_s": 1e6} | more
-            return PrometheusExporter({"timeout_s": 0.5} | spec, {}, {})
+            return PrometheusExporter({"timeout_s": 0.5} | spec, self.secrets, {})
         protocol = "grpc" if self.kind == "grpc" else "http/protobuf"
-        return OTLPExporter(otlp_spec(at, **({"protocol": protocol, "timeout_s": 0.5} | more)), {}, {})
+        spec = otlp_spec(at, **({"protocol": protocol, "timeout_s": 0.5} | more))
+        return OTLPExporter(spec, self.secrets, os.environ)
 
     def new_lane(self, **more: Any) -> Lane:
         manifest = store.read_manifest(self.folder)

@@ -202,7 +202,7 @@ def _otlp(spec: Mapping[str, Any], secrets: Mapping[str, Any], environ: Mapping[
     brief = {**spec, "timeout_s": timeout_s if given is None else min(given, timeout_s)}
     taken, amiss = [], []
     for signal in spec["signals"]:
-        options = options_for(signal, brief, secrets, environ)
+        options = options_for(signal, brief, secrets, environ).ready()
         sender: Sender
         if options.protocol == "grpc":
             from tracelet.exporters.otlp_grpc import GrpcSender
@@ -240,7 +240,7 @@ def _prometheus(spec: Mapping[str, Any], secrets: Mapping[str, Any], timeout_s: 
     """An empty export by the shipper's own sender: the address, TLS, headers and the receiver's switch are tried."""
     from tracelet.exporters.prometheus_http import PrometheusSender
 
-    sender = PrometheusSender(str(secrets.get("url") or spec["url"]), secrets.get("headers") or {}, timeout_s)
+    sender = PrometheusSender.of({**spec, "timeout_s": timeout_s}, secrets)
     try:
         reply = sender.send(b"")
     finally:

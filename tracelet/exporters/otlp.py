@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +10,7 @@ from tracelet.exporters.artifact_store import place_for
 from tracelet.exporters.base import Answer, Delivered
 from tracelet.exporters.otlp_artifacts import with_addresses
 from tracelet.exporters.otlp_delivery import OtlpDelivery
-from tracelet.exporters.otlp_wire import Options, Reply, Sender, options_for, remembered
+from tracelet.exporters.otlp_wire import Options, Reply, Sender, fingerprint, options_for, remembered
 from tracelet.guard import logger
 from tracelet.otlp.encode import SIGNALS
 from tracelet.otlp.plan import Ledger, Plan, heartbeat_load, plan
@@ -47,6 +46,7 @@ class OTLPExporter:
         self._place = place_for(remembered(spec, secrets) | dict(environ)) if "logs" in self._signals else None
         self._senders: dict[str, Sender] = {}
         self._files: dict[str, tuple[object, ...]] = {}
+        self._headers: dict[str, tuple[object, ...]] = {}
         self._ledger = Ledger()
         self._passed: dict[str, bytes] = {}  # by signal, a request that was accepted
         self._age_s: float | None = spec.get("window_age_s")
@@ -117,23 +117,25 @@ class OTLPExporter:
         return sum(sum(at < oldest for at in times) for times in columns if times[0] < oldest or times[-1] < oldest)
 
     def _send(self, signal: str, body: bytes) -> Reply:
+        options = self._options[signal]
+        if signal in self._senders and self._headers.get(signal) != fingerprint(options.headers_file):
+            self._drop(signal)  # a token renewed in time: not one request is refused
         sender = self._senders.get(signal)
         if sender is None:
+            self._files[signal] = fingerprint(*options.files())
+            self._headers[signal] = fingerprint(options.headers_file)
             try:
-                sender = self._senders[signal] = _sender(self._options[signal])
+                sender = self._senders[signal] = _sender(options.ready())
             except (RuntimeError, ValueError, OSError) as error:
                 # OTel's exporters raise these for a credential provider, number or file in their variables that is
-                # not right now; it may be right after somebody has looked.
+                # not right now, and so does the file with headers; it may be right after somebody has looked.
                 return Reply("later", f"OTLP can't be set up: {error}", loud=True)
-            self._files[signal] = _fingerprint(self._options[signal])
         reply = sender.send(body)
         if reply.kind == "accepted":
             if signal not in self._passed or len(body) <= _CONTROL_BYTES:
                 self._passed[signal] = body
-        elif reply.credentials or (
-            reply.kind == "later" and self._files[signal] != _fingerprint(self._options[signal])
-        ):
-            # Certificates and credential providers are read when a sender is made: the next try has new ones.
+        elif reply.credentials or (reply.kind == "later" and self._files[signal] != fingerprint(*options.files())):
+            # Certificates, headers and credential providers are read when a sender is made: the next try has new ones.
             self._drop(signal)
         return reply
 
@@ -155,16 +157,3 @@ def _sender(options: Options) -> Sender:
     from tracelet.exporters.otlp_http import HttpSender
 
     return HttpSender(options)
-
-
-def _fingerprint(options: Options) -> tuple[object, ...]:
-    """Changes when one of the certificate or key files does."""
-    found: list[object] = []
-    for path in options.files():
-        try:
-            status = os.stat(path)
-        except OSError:
-            found.append(None)
-        else:
-            found.append((status.st_mtime_ns, status.st_size, status.st_ino))
-    return tuple(found)

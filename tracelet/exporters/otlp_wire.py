@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit, urlunsplit
 
 from tracelet.errors import ConfigError
+from tracelet.exporters.headers_file import headers_in
 from tracelet.guard import logger
 from tracelet.otlp import semconv
 
@@ -19,6 +22,7 @@ __all__ = [
     "Options",
     "Reply",
     "Sender",
+    "fingerprint",
     "options_for",
     "redacted_headers",
     "remembered",
@@ -66,6 +70,17 @@ class Options:
     compression: str | None
     timeout_s: float | None
     environ: Mapping[str, str]
+    headers_file: str | None = None
+
+    def ready(self) -> Options:
+        """These options with the headers that stand in the file now.
+
+        Raises:
+            ValueError, OSError: see `headers_in`.
+        """
+        if self.headers_file is None:
+            return self
+        return dataclasses.replace(self, headers={**headers_in(self.headers_file), **self.headers}, headers_file=None)
 
     def variable(self, name: str) -> str | None:
         """OTEL_EXPORTER_OTLP_<SIGNAL>_<name>, else OTEL_EXPORTER_OTLP_<name>; empty counts as unset."""
@@ -142,6 +157,7 @@ def options_for(
         compression=spec.get("compression"),
         timeout_s=spec.get("timeout_s"),
         environ=environ,
+        headers_file=spec.get("headers_file"),
     )
 
 
@@ -169,6 +185,18 @@ def _with_path(base: str, signal: str, protocol: str) -> str:
     parts = urlsplit(base)
     stem = re.sub(r"/v1/(metrics|traces|logs)/?$", "", parts.path).rstrip("/")
     return urlunsplit(parts._replace(path=f"{stem}/v1/{signal}"))
+
+
+def fingerprint(*paths: str | None) -> tuple[object, ...]:
+    """Changes when one of these files does."""
+    found: list[object] = []
+    for path in paths:
+        try:
+            status = None if path is None else os.stat(path)
+        except OSError:
+            status = None
+        found.append(status and (status.st_mtime_ns, status.st_size, status.st_ino))
+    return tuple(found)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 
 from tracelet.exporters.base import Answer, Delivered
 from tracelet.exporters.otlp_delivery import OtlpDelivery
-from tracelet.exporters.otlp_wire import Reply
+from tracelet.exporters.otlp_wire import Reply, fingerprint
 from tracelet.exporters.prometheus_http import PrometheusSender
 from tracelet.guard import guard, logger
 from tracelet.otlp.encode import Load
@@ -18,6 +18,8 @@ from tracelet.otlp.prometheus import LeftOut, Window, for_prometheus
 from tracelet.records import Batch, Heartbeat, RunInfo
 
 __all__ = ["PrometheusExporter"]
+
+_CERTIFICATES = ("certificate", "client_certificate", "client_key")
 
 
 class PrometheusExporter:
@@ -44,13 +46,13 @@ class PrometheusExporter:
         *,
         now_ns: Callable[[], int] = time.time_ns,
     ) -> None:
-        self._url = str(secrets.get("url") or spec["url"])
-        self._headers: Mapping[str, str] = secrets.get("headers") or {}
-        self._timeout_s = float(spec.get("timeout_s") or 30.0)
+        self._spec, self._secrets = spec, secrets
         self._prefix = str(spec["prefix"])
         self._age_s, self._ahead_s = float(spec["window_age_s"]), float(spec["window_ahead_s"])
         self._now_ns = now_ns
         self._sender: PrometheusSender | None = None
+        self._headers: tuple[object, ...] = ()  # the state of the file with headers when the sender was made
+        self._certificates: tuple[object, ...] = ()  # and that of the certificates
         self._ledger = Ledger()
         self._left_out = LeftOut()
         self._said = LeftOut()
@@ -131,12 +133,20 @@ class PrometheusExporter:
 
     def _send(self, signal: str, body: bytes) -> Reply:
         del signal  # metrics, always
+        headers = fingerprint(self._spec.get("headers_file"))
+        certificates = fingerprint(*(self._spec.get(name) for name in _CERTIFICATES))
+        if headers != self._headers:
+            self._drop()  # a token renewed in time: not one request is refused
         if self._sender is None:
-            self._sender = PrometheusSender(self._url, self._headers, self._timeout_s)
+            self._headers, self._certificates = headers, certificates
+            try:
+                self._sender = PrometheusSender.of(self._spec, self._secrets)
+            except (ValueError, OSError) as error:
+                return Reply("later", f"the headers for Prometheus can't be read: {error}", loud=True)
         reply = self._sender.send(body)
         if reply.kind == "accepted":
             self._passed = body
-        elif reply.credentials:
+        elif reply.credentials or (reply.kind == "later" and certificates != self._certificates):
             self._drop()
         return reply
 

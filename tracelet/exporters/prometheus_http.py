@@ -8,11 +8,13 @@ from typing import Any
 
 import requests
 
+from tracelet.exporters.headers_file import headers_in
 from tracelet.exporters.otlp_http import HttpSender
 from tracelet.exporters.otlp_wire import WIRE_HEADER, Reply, suppressed
 
 __all__ = ["PrometheusSender"]
 
+TIMEOUT_S = 30.0
 _GZIP_LEVEL = 1
 
 
@@ -20,15 +22,26 @@ class PrometheusSender(HttpSender):
     """Posts metrics to `url`, which may hold `user:password@`; answers are read as any OTLP receiver's.
 
     Not OTel's exporter below it: that one takes its headers and certificates from the OTEL_EXPORTER_OTLP_* variables,
-    and a collector's token is none of this server's business. A private authority goes into REQUESTS_CA_BUNDLE.
+    and a collector's token is none of this server's business. `certificate` is the authority's file, else that of
+    REQUESTS_CA_BUNDLE; `client` is the file of our certificate with its key, or the two files.
     """
 
-    def __init__(self, url: str, headers: Mapping[str, str], timeout_s: float) -> None:
+    def __init__(
+        self,
+        url: str,
+        headers: Mapping[str, str],
+        timeout_s: float,
+        *,
+        certificate: str | None = None,
+        client: str | tuple[str, str] | None = None,
+    ) -> None:
         # On purpose without HttpSender's own beginning: see above.
         self._signal = "metrics"
         self._url = url
         self._timeout_s = timeout_s
         self._session = requests.Session()
+        self._session.cert = client
+        self._certificate = certificate
         self._sent = {
             "Content-Type": "application/x-protobuf",
             "Content-Encoding": "gzip",
@@ -38,6 +51,23 @@ class PrometheusSender(HttpSender):
         values = tuple(headers.values())
         self._secrets = values + tuple(word for value in values for word in value.split() if len(word) >= 4)
 
+    @classmethod
+    def of(cls, spec: Mapping[str, Any], secrets: Mapping[str, Any]) -> PrometheusSender:
+        """The sender of a destination as `tracelet.backends` makes it, with the headers that its file has now.
+
+        Raises:
+            ValueError, OSError: the file with the headers can't be read.
+        """
+        written = headers_in(spec["headers_file"]) if spec.get("headers_file") else {}
+        certificate, key = spec.get("client_certificate"), spec.get("client_key")
+        return cls(
+            str(secrets.get("url") or spec["url"]),
+            written | {name.lower(): value for name, value in (secrets.get("headers") or {}).items()},
+            float(spec.get("timeout_s") or TIMEOUT_S),
+            certificate=spec.get("certificate"),
+            client=(certificate, key) if certificate and key else certificate,
+        )
+
     def send(self, body: bytes) -> Reply:
         """Post one encoded request, once."""
         post: dict[str, Any] = {
@@ -46,6 +76,8 @@ class PrometheusSender(HttpSender):
             "timeout": self._timeout_s,
             "allow_redirects": False,
         }
+        if self._certificate is not None:
+            post["verify"] = self._certificate  # here, since requests puts REQUESTS_CA_BUNDLE before a session's own
         with suppressed():
             try:
                 try:
@@ -76,7 +108,8 @@ class PrometheusSender(HttpSender):
             said = reply.reason.partition("; check the headers")[0]
             return Reply(
                 "later",
-                f"{said}; put user:password@ into the address, or give tracelet.Prometheus(headers=...)",
+                f"{said}; put user:password@ into the address, or give tracelet.Prometheus(headers=...), or a"
+                " headers_file",
                 loud=True,
                 credentials=True,
             )
