@@ -219,7 +219,7 @@ def _copy(file: _File, store: Path, target: Path, copy: bool | None, room: int |
                 path=file.source,
             )
         try:
-            store.mkdir(exist_ok=True)
+            store.mkdir(mode=0o700, exist_ok=True)
             out = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise _spool_error(file, error) from error
