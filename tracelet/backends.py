@@ -32,6 +32,7 @@ __all__ = [
     "Spec",
     "choose",
     "parse",
+    "sounds_secret",
     "to_destination",
     "tracking_uri",
     "without_credentials",
@@ -427,15 +428,16 @@ def without_credentials(uri: str) -> str:
         user = user_info.partition(":")[0]
         netloc = f"{user}@{host}" if user else host
     query = parts.query
-    if any(_sounds_secret(name) for name, _ in parse_qsl(query, keep_blank_values=True)):
-        pairs = [(n, v) for n, v in parse_qsl(query, keep_blank_values=True) if not _sounds_secret(n)]
+    if any(sounds_secret(name) for name, _ in parse_qsl(query, keep_blank_values=True)):
+        pairs = [(n, v) for n, v in parse_qsl(query, keep_blank_values=True) if not sounds_secret(n)]
         query = urlencode(pairs, quote_via=quote)
     if netloc == parts.netloc and query == parts.query:
         return uri  # untouched: urlunsplit would write `sqlite:////x` with two slashes less
     return urlunsplit((parts.scheme, netloc, parts.path, query, parts.fragment))
 
 
-def _sounds_secret(name: str) -> bool:
+def sounds_secret(name: str) -> bool:
+    """Whether a parameter of this name would let somebody in."""
     return any(word in unquote(name).lower() for word in _SECRET_WORDS)
 
 

@@ -59,8 +59,11 @@ class Guard:
                 raise
             self.note(doing, error)
 
-    def note(self, doing: str, error: BaseException) -> None:
-        """Count one fault met while `doing` something, and log it unless that was done within the interval."""
+    def note(self, doing: str, error: BaseException, words: str | None = None) -> None:
+        """Count one fault met while `doing` something, and log it unless that was done within the interval.
+
+        `words` are said in place of the error's own, which may hold a secret.
+        """
         with self._lock:
             count = self.counts[doing] = self.counts.get(doing, 0) + 1
             now = self._clock()
@@ -68,7 +71,7 @@ class Guard:
             if not quiet:
                 self._logged_at[doing] = now
         if not quiet:
-            logger.error("could not %s (%d so far): %s: %s", doing, count, type(error).__name__, error)
+            logger.error("could not %s (%d so far): %s: %s", doing, count, type(error).__name__, words or error)
 
     def limited(self, kind: str, message: str, *args: object) -> None:
         """Log a warning of this `kind` at most once every interval; every call is counted."""

@@ -49,7 +49,7 @@ def check(
     if kind == "otlp":
         ask: Callable[[], Reach] = lambda: _otlp(spec, secrets, environ, timeout_s)  # noqa: E731
     elif kind == "prometheus":
-        ask = lambda: _prometheus(spec, secrets, timeout_s)  # noqa: E731
+        ask = lambda: _prometheus(spec, secrets, environ, timeout_s)  # noqa: E731
     elif kind == "mlflow":
         uri = tracking_uri(destination, secrets)
         if uri.startswith("sqlite"):
@@ -236,11 +236,13 @@ _OTLP_ADVICE = (
 # ---- Prometheus --------------------------------------------------------------------------------------------------
 
 
-def _prometheus(spec: Mapping[str, Any], secrets: Mapping[str, Any], timeout_s: float) -> Reach:
+def _prometheus(
+    spec: Mapping[str, Any], secrets: Mapping[str, Any], environ: Mapping[str, str], timeout_s: float
+) -> Reach:
     """An empty export by the shipper's own sender: the address, TLS, headers and the receiver's switch are tried."""
     from tracelet.exporters.prometheus_http import PrometheusSender
 
-    sender = PrometheusSender.of({**spec, "timeout_s": timeout_s}, secrets)
+    sender = PrometheusSender.of({**spec, "timeout_s": timeout_s}, secrets, environ)
     try:
         reply = sender.send(b"")
     finally:

@@ -18,8 +18,9 @@ from tracelet.backends import without_credentials
 from tracelet.exporters.artifact_names import EVENT_HEADER, WHY_HEADER, event_mark, gateway_uri, plain_name
 from tracelet.exporters.artifact_store import TOKEN, TOKEN_FILE, NeverTaken, Waiting
 from tracelet.exporters.original import Original
-from tracelet.exporters.otlp_wire import WIRE_HEADER, scrubbed, suppressed
+from tracelet.exporters.otlp_wire import WIRE_HEADER, said, suppressed
 from tracelet.exporters.retry_after import retry_after
+from tracelet.sieve import Sieve
 
 __all__ = ["GatewayPlace"]
 
@@ -84,13 +85,13 @@ class GatewayPlace:
         status = reply.status_code
         if status in fine:
             return
-        said = scrubbed(reply.text or reply.headers.get(WHY_HEADER) or reply.reason or "", (self._token(),))
+        words = self._clean(reply.text or reply.headers.get(WHY_HEADER) or reply.reason or "", self._token())
         if status == 413:
-            raise NeverTaken(f"{self._shown} takes no file as large as {path!r}: {said}")
+            raise NeverTaken(f"{self._shown} takes no file as large as {path!r}: {words}")
         if status in (401, 403):
-            raise Waiting(f"{self._shown} refuses artifacts of ours ({status}: {said}): check {TOKEN}", loud=True)
+            raise Waiting(f"{self._shown} refuses artifacts of ours ({status}: {words}): check {TOKEN}", loud=True)
         raise Waiting(
-            f"{self._shown} answers {status} to an artifact: {said}",
+            f"{self._shown} answers {status} to an artifact: {words}",
             retry_after(reply.headers.get("Retry-After")),
             loud=status in (404, 405, 507) or 300 <= status < 400,
         )
@@ -106,6 +107,11 @@ class GatewayPlace:
             sent["Authorization"] = f"Bearer {token}"
         authority = self._environ.get("OTEL_EXPORTER_OTLP_CERTIFICATE", "").strip()
         given: dict[str, Any] = {"verify": authority} if authority and address.startswith("https:") else {}
+        shown = tuple(
+            self._environ.get(f"OTEL_EXPORTER_OTLP_CLIENT_{name}", "").strip() for name in ("CERTIFICATE", "KEY")
+        )
+        if shown[0]:
+            given["cert"] = shown if shown[1] else shown[0]
         try:
             with suppressed():
                 return self._session.request(
@@ -116,9 +122,12 @@ class GatewayPlace:
         except (requests.RequestException, OSError) as error:
             self._session.close()
             self._session = None
-            why = scrubbed(str(error), (token,))
+            why = self._clean(str(error), token)
             where = urlsplit(self._shown).netloc
             raise Waiting(f"the gateway {where} can't be reached with an artifact: {why}") from error
+
+    def _clean(self, text: str, token: str) -> str:
+        return said(text, Sieve(self._environ, [{"headers": {"authorization": token}}, self._base]))
 
     def _token(self) -> str:
         """Read anew each time: a file may hold another token now."""

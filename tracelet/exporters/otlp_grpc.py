@@ -22,7 +22,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.util.re import parse_env_headers
 
 from tracelet.exporters.otlp_http import accepted
-from tracelet.exporters.otlp_wire import WIRE_HEADER, Options, Reply, redacted_headers, scrubbed, suppressed
+from tracelet.exporters.otlp_wire import WIRE_HEADER, Options, Reply, redacted_headers, said, suppressed
 from tracelet.exporters.retry_after import granted
 from tracelet.guard import logger
 
@@ -69,7 +69,7 @@ class GrpcSender:
 
     def __init__(self, options: Options) -> None:
         self._signal = options.signal
-        self._secrets = options.secrets()
+        self._sieve = options.sieve()
         kind = _EXPORTERS[options.signal]
         self._hooked = type(f"Encoded{kind.__name__}", (kind,), {"_translate_data": _as_is, "_count_data": _one})
         with redacted_headers():
@@ -105,12 +105,14 @@ class GrpcSender:
                 )
             except grpc.RpcError as error:
                 return self._read(error)
-        clean = lambda text: scrubbed(text, self._secrets)  # noqa: E731
-        return accepted(self._signal, content, "application/x-protobuf", clean, "the OTLP receiver")
+        return accepted(self._signal, content, "application/x-protobuf", self._clean, "the OTLP receiver")
 
     def close(self) -> None:
         """Let the channel go."""
         self._exporter.shutdown()
+
+    def _clean(self, text: str) -> str:
+        return said(text, self._sieve)
 
     def _through_hooks(self, body: bytes) -> Reply:
         result = self._exporter.export(_REQUESTS[self._signal].FromString(body))
@@ -121,26 +123,26 @@ class GrpcSender:
     def _read(self, error: Any) -> Reply:
         code: grpc.StatusCode = error.code()
         details = error.details() or ""
-        said = scrubbed(f"gRPC {code.name}: {details}", self._secrets)
+        words = self._clean(f"gRPC {code.name}: {details}")
         if code is grpc.StatusCode.INTERNAL and details == "Invalid metadata":  # gRPC's own word, nothing was sent
             return Reply("later", "a header's name or value isn't legal in gRPC (a line break in a token?)", loud=True)
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
-            return Reply("too_large", said)
+            return Reply("too_large", words)
         if code in _LATER and _UNTRUSTED.search(details):
             # gRPC calls this unavailable like any outage, but no waiting mends it.
             hint = "the receiver's certificate doesn't hold: check it, and OTEL_EXPORTER_OTLP_CERTIFICATE"
-            return Reply("later", f"{said}; {hint}", loud=True)
+            return Reply("later", f"{words}; {hint}", loud=True)
         if code in _LATER:
-            return Reply("later", said + self._hint, after_s=_retry_delay(error))
+            return Reply("later", words + self._hint, after_s=_retry_delay(error))
         if code in _REFUSED:
-            return Reply("refused", said)
+            return Reply("refused", words)
         if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
             hint = "check the headers (OTEL_EXPORTER_OTLP_HEADERS)"
-            return Reply("later", f"{said}; {hint}", loud=True, credentials=True)
+            return Reply("later", f"{words}; {hint}", loud=True, credentials=True)
         if code in (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.NOT_FOUND):
             hint = f"is the address right, and does the receiver take {self._signal}?"
-            return Reply("later", f"{said}; {hint}", loud=True, elsewhere=True)
-        return Reply("fault", said)
+            return Reply("later", f"{words}; {hint}", loud=True, elsewhere=True)
+        return Reply("fault", words)
 
 
 def _as_is(_self: Any, data: Any) -> Any:

@@ -25,7 +25,8 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportM
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 from opentelemetry.sdk.metrics.export import MetricsData
 
-from tracelet.exporters.otlp_wire import WIRE_HEADER, Options, Reply, redacted_headers, scrubbed, suppressed
+from tracelet.backends import without_credentials
+from tracelet.exporters.otlp_wire import WIRE_HEADER, Options, Reply, redacted_headers, said, suppressed
 from tracelet.exporters.retry_after import retry_after
 
 __all__ = ["HttpSender", "accepted"]
@@ -105,7 +106,7 @@ class HttpSender:
     def __init__(self, options: Options) -> None:
         self._signal = options.signal
         self._relay = _Relay(_provided_session(options))
-        self._secrets = options.secrets()
+        self._sieve = options.sieve()
         with redacted_headers():
             self._exporter = _EXPORTERS[options.signal](
                 endpoint=options.endpoint,
@@ -139,7 +140,7 @@ class HttpSender:
 
     def _unreachable(self, error: Exception) -> Reply:
         request = getattr(error, "request", None)
-        address = "" if request is None or not request.url else f" at {request.url}"
+        address = "" if request is None or not request.url else f" at {without_credentials(request.url)}"
         if isinstance(error, requests.exceptions.InvalidHeader):
             # The error's own text would show the value.
             return Reply("later", "a header's name or value isn't legal in HTTP (a line break in a token?)", loud=True)
@@ -156,32 +157,32 @@ class HttpSender:
         status = answer.status_code
         if 200 <= status < 300:
             return self._accepted(answer)
-        said = self._clean(f"HTTP {status} from {_place(answer)}: {_message(answer)}")
+        words = self._clean(f"HTTP {status} from {_place(answer)}: {_message(answer)}")
         if 300 <= status < 400:
-            target = scrubbed(answer.headers.get("Location", "nowhere"), self._secrets)
-            return Reply("later", f"{said}; it points to {target}: set that as the endpoint", loud=True)
+            target = self._clean(answer.headers.get("Location", "nowhere"))
+            return Reply("later", f"{words}; it points to {target}: set that as the endpoint", loud=True)
         if status in (400, 422):
-            return Reply("refused", said)
+            return Reply("refused", words)
         if status == 413:
-            return Reply("too_large", said)
+            return Reply("too_large", words)
         if status in (401, 403):
             hint = "check the headers (OTEL_EXPORTER_OTLP_HEADERS)"
-            return Reply("later", f"{said}; {hint}", loud=True, credentials=True)
+            return Reply("later", f"{words}; {hint}", loud=True, credentials=True)
         if status in (404, 405):
             hint = f"is the address right, and does the receiver take {self._signal}?"
-            return Reply("later", f"{said}; {hint}", loud=True, elsewhere=True)
+            return Reply("later", f"{words}; {hint}", loud=True, elsewhere=True)
         if status == 500:
-            return Reply("fault", said, after_s=retry_after(answer.headers.get("Retry-After")))
+            return Reply("fault", words, after_s=retry_after(answer.headers.get("Retry-After")))
         # 408, 429, other 5xx; and what no rule of OTLP covers is kept, not dropped.
         passing = status in (408, 429) or status > 500
-        return Reply("later", said, after_s=retry_after(answer.headers.get("Retry-After")), loud=not passing)
+        return Reply("later", words, after_s=retry_after(answer.headers.get("Retry-After")), loud=not passing)
 
     def _accepted(self, answer: requests.Response) -> Reply:
         kind = answer.headers.get("Content-Type", "").partition(";")[0].strip().lower()
         return accepted(self._signal, answer.content, kind, self._clean, _place(answer))
 
     def _clean(self, text: str) -> str:
-        return scrubbed(text, self._secrets)
+        return said(text, self._sieve)
 
 
 def _provided_session(options: Options) -> requests.Session | None:
@@ -214,10 +215,10 @@ def accepted(signal: str, content: bytes, kind: str, clean: Callable[[str], str]
         if kind in _JSON:
             from google.protobuf.json_format import ParseDict
 
-            said = json.loads(content or b"{}")
-            if not isinstance(said, dict):
+            parsed = json.loads(content or b"{}")
+            if not isinstance(parsed, dict):
                 raise ValueError(kind)
-            ParseDict(said, response, ignore_unknown_fields=True)
+            ParseDict(parsed, response, ignore_unknown_fields=True)
         elif kind in _PROTOBUF or (not content and kind != "text/html"):
             response.ParseFromString(content)
         else:
@@ -260,4 +261,4 @@ def _message(answer: requests.Response) -> str:
             return answer.reason
     if kind == "text/html":
         return answer.reason
-    return answer.content[:1_000].decode("utf-8", "replace") or answer.reason or ""
+    return answer.content[:64_000].decode("utf-8", "replace") or answer.reason or ""

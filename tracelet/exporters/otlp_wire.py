@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit, urlunsplit
@@ -16,6 +16,7 @@ from tracelet.errors import ConfigError
 from tracelet.exporters.headers_file import headers_in
 from tracelet.guard import logger
 from tracelet.otlp import semconv
+from tracelet.sieve import Sieve
 
 __all__ = [
     "WIRE_HEADER",
@@ -26,7 +27,7 @@ __all__ = [
     "options_for",
     "redacted_headers",
     "remembered",
-    "scrubbed",
+    "said",
     "suppressed",
 ]
 
@@ -34,9 +35,7 @@ PREFIX = "OTEL_EXPORTER_OTLP_"
 WIRE_HEADER = (semconv.RESOURCE_WIRE_VERSION, semconv.WIRE_VERSION)
 """On every request of ours: a gateway answers 401 and 403 to those who send it, and 503 to collectors."""
 _FILE_VARIABLES = ("CERTIFICATE", "CLIENT_KEY", "CLIENT_CERTIFICATE")
-_USERINFO = re.compile(r"//[^/@\s]+@")
 _REASON_CHARACTERS = 500
-_SECRET_CHARACTERS = 4  # shorter ones would blot out ordinary words
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,15 +89,9 @@ class Options:
         """The certificate and key files that the variables name."""
         return tuple(path for name in _FILE_VARIABLES if (path := self.variable(name)))
 
-    def secrets(self) -> tuple[str, ...]:
-        """Every header value, however it came: none of them may stand in a message."""
-        from opentelemetry.util.re import parse_env_headers
-
-        with redacted_headers():
-            named = parse_env_headers(self.variable("HEADERS") or "", liberal=True)
-        values = tuple(self.headers.values()) + tuple(named.values())
-        # "Bearer abc" is echoed as "abc" by some servers.
-        return values + tuple(word for value in values for word in value.split() if len(word) >= _SECRET_CHARACTERS)
+    def sieve(self) -> Sieve:
+        """Takes every header value and credential out of a text, however it came here."""
+        return Sieve(self.environ, [{"headers": self.headers, "endpoint": self.endpoint or ""}])
 
 
 class Sender(Protocol):
@@ -233,10 +226,10 @@ def redacted_headers() -> Iterator[None]:
         noisy.removeFilter(redact)
 
 
-def scrubbed(text: str, secrets: Iterable[str]) -> str:
-    """`text` on one line and not too long, without secrets and without the user:password of an address."""
-    text = _USERINFO.sub("//***@", " ".join(text.split()))
-    for secret in sorted(secrets, key=len, reverse=True):
-        if len(secret) >= _SECRET_CHARACTERS:
-            text = text.replace(secret, "***")
+def said(text: str, sieve: Callable[[str], str]) -> str:
+    """The words of others on one line and not too long, without secrets.
+
+    Sieved before it is cut: half a token is no secret that a sieve knows.
+    """
+    text = " ".join(sieve(text).split())
     return text if len(text) <= _REASON_CHARACTERS else text[:_REASON_CHARACTERS] + " …"

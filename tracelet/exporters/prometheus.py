@@ -30,7 +30,7 @@ class PrometheusExporter:
     `memory()["left_out"]`, and said. What the server refuses nevertheless is found by halving, and named. A repeat of
     a batch has the same bytes.
 
-    `spec` and `secrets` are as `tracelet.backends` makes them; nothing is read from the OTEL_* variables, which are
+    `spec` and `secrets` are as `tracelet.backends` makes them; nothing is taken from the OTEL_* variables, which are
     about another receiver.
     """
 
@@ -42,11 +42,11 @@ class PrometheusExporter:
         self,
         spec: Mapping[str, Any],
         secrets: Mapping[str, Any],
-        environ: Mapping[str, str],  # as every exporter is built; not read
+        environ: Mapping[str, str],
         *,
         now_ns: Callable[[], int] = time.time_ns,
     ) -> None:
-        self._spec, self._secrets = spec, secrets
+        self._spec, self._secrets, self._environ = spec, secrets, environ
         self._prefix = str(spec["prefix"])
         self._age_s, self._ahead_s = float(spec["window_age_s"]), float(spec["window_ahead_s"])
         self._now_ns = now_ns
@@ -140,7 +140,7 @@ class PrometheusExporter:
         if self._sender is None:
             self._headers, self._certificates = headers, certificates
             try:
-                self._sender = PrometheusSender.of(self._spec, self._secrets)
+                self._sender = PrometheusSender.of(self._spec, self._secrets, self._environ)
             except (ValueError, OSError) as error:
                 return Reply("later", f"the headers for Prometheus can't be read: {error}", loud=True)
         reply = self._sender.send(body)

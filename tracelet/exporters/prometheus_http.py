@@ -11,6 +11,7 @@ import requests
 from tracelet.exporters.headers_file import headers_in
 from tracelet.exporters.otlp_http import HttpSender
 from tracelet.exporters.otlp_wire import WIRE_HEADER, Reply, suppressed
+from tracelet.sieve import Sieve
 
 __all__ = ["PrometheusSender"]
 
@@ -23,7 +24,8 @@ class PrometheusSender(HttpSender):
 
     Not OTel's exporter below it: that one takes its headers and certificates from the OTEL_EXPORTER_OTLP_* variables,
     and a collector's token is none of this server's business. `certificate` is the authority's file, else that of
-    REQUESTS_CA_BUNDLE; `client` is the file of our certificate with its key, or the two files.
+    REQUESTS_CA_BUNDLE; `client` is the file of our certificate with its key, or the two files. Of
+    `environ` only secrets are read, so that they stand in no message.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class PrometheusSender(HttpSender):
         *,
         certificate: str | None = None,
         client: str | tuple[str, str] | None = None,
+        environ: Mapping[str, str] | None = None,
     ) -> None:
         # On purpose without HttpSender's own beginning: see above.
         self._signal = "metrics"
@@ -48,11 +51,10 @@ class PrometheusSender(HttpSender):
             WIRE_HEADER[0]: WIRE_HEADER[1],
             **headers,
         }
-        values = tuple(headers.values())
-        self._secrets = values + tuple(word for value in values for word in value.split() if len(word) >= 4)
+        self._sieve = Sieve(environ or {}, [{"headers": headers, "url": url}])
 
     @classmethod
-    def of(cls, spec: Mapping[str, Any], secrets: Mapping[str, Any]) -> PrometheusSender:
+    def of(cls, spec: Mapping[str, Any], secrets: Mapping[str, Any], environ: Mapping[str, str]) -> PrometheusSender:
         """The sender of a destination as `tracelet.backends` makes it, with the headers that its file has now.
 
         Raises:
@@ -66,6 +68,7 @@ class PrometheusSender(HttpSender):
             float(spec.get("timeout_s") or TIMEOUT_S),
             certificate=spec.get("certificate"),
             client=(certificate, key) if certificate and key else certificate,
+            environ=environ,
         )
 
     def send(self, body: bytes) -> Reply:

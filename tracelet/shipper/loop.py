@@ -11,6 +11,7 @@ fault of ours are both tried again, for as long as it takes.
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -57,7 +58,9 @@ class Lane:
         clock: Clock = time,
         backoff: BackOff | None = None,
         on_delivered: Callable[[str, Assembled, tuple[Refusal, ...]], None] | None = None,
+        sieve: Callable[[str], str] = str,
     ) -> None:
+        """`sieve` takes secrets out of what destinations and drivers say, before it is kept or logged."""
         self.id = str(destination["id"])
         self.trouble: str | None = None  # why it doesn't get on, in words
         self.finished_of: object = None  # the state of the site of which everything is delivered, ends included
@@ -69,6 +72,7 @@ class Lane:
         self._clock = clock
         self._backoff = BackOff() if backoff is None else backoff
         self._on_delivered = on_delivered
+        self._sieve = sieve
         self._reader = SpoolReader(site.folder)
         self._journal = Journal(site.folder, self.id, clock=lambda: clock.time_ns() / 1e9)
         self._letters = DeadLetters(site.folder, self.id)
@@ -151,8 +155,9 @@ class Lane:
         except Exception as error:  # noqa: BLE001
             # Ours or an exporter's fault: said, counted, and tried again like an outage. A thread that died of it
             # would leave its destination's data lying without a word.
-            guard.note(f"ship to {self.id}", error)
-            return self._later(RetryLater(f"{type(error).__name__}: {error}"))
+            words = self._sieve(str(error))
+            guard.note(f"ship to {self.id}", error, words)
+            return self._later(RetryLater(f"{type(error).__name__}: {words}"))
 
     def _step(self) -> float:
         if self._exporter is None:
@@ -293,7 +298,9 @@ class Lane:
             if isinstance(answer, RetryLater):
                 return self._later(answer)
             # Kept until it is written down: on a full disk that is tried again, and nothing is sent again for it.
-            self._refused = answer.items if isinstance(answer, Rejected) else ()
+            refused = answer.items if isinstance(answer, Rejected) else ()
+            # Of what was refused only the reason is sieved: the rest is the user's, and has to be sent again as it is.
+            self._refused = tuple(dataclasses.replace(item, reason=self._sieve(item.reason)) for item in refused)
         self._settle(exporter, assembled, self._refused)
         return 0.0
 
@@ -365,7 +372,7 @@ class Lane:
             try:
                 exporter.beat(batch, beat)
             except Exception as error:  # noqa: BLE001 - a missed heartbeat is nothing; the batches behind it are
-                guard.note(f"send a heartbeat to {self.id}", error)
+                guard.note(f"send a heartbeat to {self.id}", error, self._sieve(str(error)))
 
     # ---- waiting ------------------------------------------------------------------------------------------------
 
@@ -398,6 +405,7 @@ class Lane:
     def _later(self, answer: RetryLater) -> float:
         """Nothing arrives there now; when to ask again. Said at once if a person has to act, else as information."""
         self.finished_of, self.caught_up = None, False
+        answer = dataclasses.replace(answer, reason=self._sieve(answer.reason))
         delay = self._backoff.next_s(answer.after_s)
         if answer.loud:
             guard.limited(f"loud {self.id}", "%s: %s (asked again in %.1f s)", self.id, answer.reason, delay)

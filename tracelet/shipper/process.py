@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,8 +32,8 @@ def main(argv: Sequence[str], *, build: Build | None = None) -> int:
     parent = _hold_parent()  # first of all: a short run is over before the imports below are through
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for training; what it logged still has to leave
     folder = Path(argv[0])
-    _log_to_stderr()
     secrets = _read_secrets()
+    _log_to_stderr(secrets)
 
     from tracelet.errors import TraceletError
     from tracelet.guard import logger
@@ -205,13 +206,33 @@ def _read_secrets() -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _log_to_stderr() -> None:
+def _log_to_stderr(secrets: Mapping[str, Any]) -> None:
+    """Log to `shipper.log`, all of it through the sieve: tracebacks and other libraries' lines are words of others."""
+    from tracelet.sieve import Sieve
+
+    sieve = Sieve(os.environ, secrets.values())
+
+    class Sieved(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            return sieve(super().format(record))
+
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(Sieved("%(asctime)s %(levelname)s %(message)s"))
     log = logging.getLogger("tracelet")
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
+    logging.getLogger().addHandler(handler)  # in place of the last resort, which prints warnings as they are
+    logging.captureWarnings(True)
+
+    def uncaught(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
+        log.critical("the shipper ends of a fault", exc_info=(kind, error or kind(), trace))
+
+    def uncaught_in_thread(ended: threading.ExceptHookArgs) -> None:
+        if ended.exc_type is not SystemExit:
+            uncaught(ended.exc_type, ended.exc_value, ended.exc_traceback)
+
+    sys.excepthook, threading.excepthook = uncaught, uncaught_in_thread
 
 
 def _on_sigterm(wake: Any) -> threading.Event:

@@ -20,6 +20,7 @@ from tracelet.shipper.deaths import Deaths
 from tracelet.shipper.loop import Lane
 from tracelet.shipper.site import Clock, Site
 from tracelet.shipper.upkeep import Upkeep, keep_rule
+from tracelet.sieve import Sieve
 from tracelet.spool import home
 from tracelet.spool.reader import START, SpoolReader
 from tracelet.spool.store import Manifest
@@ -97,6 +98,7 @@ class Shipment:
         self._threads: list[threading.Thread] = []
         self._environ = environ
         self._secrets = secrets
+        self._sieve = Sieve(environ, secrets.values())
         self._build = build
         self._only = only
         self._in_process = in_process
@@ -197,6 +199,7 @@ class Shipment:
             lambda: self._build(destination, secrets, self._environ),
             clock=self._clock,
             on_delivered=self._delivered,
+            sieve=self._sieve,
         )
         self.lanes[identity] = lane
         thread = threading.Thread(target=self._run_lane, args=(lane,), name=f"tracelet {identity}", daemon=True)

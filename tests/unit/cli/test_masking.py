@@ -48,6 +48,12 @@ def test_the_names_of_headers_are_shown_and_their_values_are_not() -> None:
         ({"MLFLOW_TRACKING_URI": f"http://bob:{SECRET}@host"}, f"user bob, password {SECRET}"),
         ({"MLFLOW_TRACKING_URI": "http://bob:p%40" + SECRET + "@host"}, f"password p@{SECRET}"),
         ({"MLFLOW_TRACKING_URI": f"http://bob:{SECRET}@host"}, "Basic Ym9iOnMzY3JldC1wbGFudGVk"),
+        ({"MLFLOW_TRACKING_URI": f"http://bob:{SECRET}@host"}, "Basic Ym9iOnMzY3JldC1wbGFudGVk=="),
+        ({"X_USERNAME": "bob", "X_PASSWORD": SECRET}, "sent Basic Ym9iOnMzY3JldC1wbGFudGVk"),
+        ({"X_USER": "bob", "X_PASSWORD": SECRET}, "sent Basic Ym9iOnMzY3JldC1wbGFudGVk"),
+        ({"ENDPOINT": f"http://host/x?api_key={SECRET}"}, f"POST /x?api_key={SECRET}"),
+        ({"MY_TOKEN": f'a"b/{SECRET}'}, 'in JSON a\\"b/' + SECRET),
+        ({"MY_TOKEN": f"a+b/{SECRET}"}, f"in an address a%2Bb%2F{SECRET}"),
         ({}, f"can't open postgresql://ml:{SECRET}@db/runs"),
     ],
 )
@@ -76,3 +82,19 @@ def test_a_variable_that_only_sounds_like_a_secret_does_not_blot_out_ordinary_wo
 )
 def test_the_usual_names_of_secrets_are_known(name: str) -> None:
     assert Sieve({name: SECRET})(f"it said {SECRET}") == "it said ***"
+
+
+@pytest.mark.parametrize(
+    ("environ", "words"),
+    [
+        ({"MAX_NEW_TOKENS": "1024"}, "1024 points are left"),
+        ({"TRACELET_OTLP_HEADERS_FILE": "/run/token"}, "can't read /run/token"),
+        ({"MLFLOW_TRACKING_URI": "postgresql://mlflow@db/runs"}, "mlflow at db does not answer"),
+    ],
+)
+def test_what_only_leads_to_a_secret_or_counts_stays_readable(environ: dict[str, str], words: str) -> None:
+    assert Sieve(environ)(words) == words
+
+
+def test_a_header_with_commas_given_as_an_argument_is_a_secret_whole() -> None:
+    assert Sieve({}, [{"headers": {"x-sig": "part-one,part-two"}}])("it was part-one,part-two") == "it was ***"

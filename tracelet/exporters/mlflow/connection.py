@@ -23,6 +23,7 @@ from urllib.request import proxy_bypass_environment  # type: ignore[attr-defined
 
 from tracelet.errors import ConfigError
 from tracelet.exporters.mlflow.transport import NotNow, Unclear
+from tracelet.sieve import Sieve
 
 __all__ = ["Connection", "Reply", "authorization"]
 
@@ -112,6 +113,8 @@ class Connection:
         self._used_at = time.monotonic()
         if answer.will_close or answer.status in (401, 403) or answer.status >= 500:
             self.close()  # after a 500 MLflow's server resets the connection without having said so
+        if answer.status >= 300:
+            content = self._sieved(content)
         return Reply(answer.status, content, {name.lower(): value for name, value in answer.getheaders()})
 
     def close(self) -> None:
@@ -145,6 +148,12 @@ class Connection:
                 raise NotNow(f"can't reach {self.origin}: {_words(error)}{_tls_hint(error)}", loud=loud) from error
             self._http = fresh
         return self._http
+
+    def _sieved(self, content: bytes) -> bytes:
+        """An error's words without what was sent: servers repeat headers. Before anybody cuts them, or logs them."""
+        shown = {name: value for name, value in self._headers.items() if name.endswith("Authorization")}
+        sieve = Sieve(self._environ, [self._secrets, {"headers": shown}])
+        return sieve(content.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
 
     def _new(self, limit_s: float) -> http.client.HTTPConnection:
         parts, secure = self._parts, self._parts.scheme == "https"
