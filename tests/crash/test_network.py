@@ -6,8 +6,10 @@ take seconds), and a real receiver behind a wire that can be cut. Limit: 20 s of
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,13 +24,16 @@ from google.protobuf.duration_pb2 import Duration
 from google.rpc.error_details_pb2 import RetryInfo
 
 from tests.otlp_batches import otlp_spec
+from tests.servers import MlflowServer, rows_of
 from tests.shipping import Alive, add_attempt, destination, open_writer, shipment, start, until
 from tests.sinks import GrpcSink, HttpSink, Received, Say, Sink
-from tests.wire import Wire
+from tests.wire import FAULTS, Wire
 from tracelet.exporters.base import Exporter
+from tracelet.exporters.mlflow.exporter import MLflowExporter
 from tracelet.exporters.otlp import OTLPExporter
 from tracelet.exporters.prometheus import PrometheusExporter
 from tracelet.guard import guard
+from tracelet.ids import new_run_id
 from tracelet.shipper.deaths import Deaths
 from tracelet.shipper.loop import Lane
 from tracelet.shipper.retry import BackOff
@@ -48,11 +53,11 @@ class Line:
         self.folder = folder
         self.secrets: dict[str, Any] = {}
         self.sink: Sink = stack.enter_context(self._sink())
-        port = self.sink.port if isinstance(self.sink, GrpcSink) else self.sink.server.server_port  # type: ignore[attr-defined]
+        port = self.sink.server.server_port if isinstance(self.sink, HttpSink) else self.sink.port  # type: ignore[attr-defined]
         self.wire = stack.enter_context(Wire(port))
         self.port = self.wire.port
         self.clock = ManualClock(time.time_ns())
-        self.attempt = add_attempt(folder, "a")
+        self.attempt = add_attempt(folder, "a", run_id=folder.parent.name)
         self.writer = open_writer(folder, self.attempt)
         start(self.writer)
         self.waits: list[float] = []  # how long it wanted to be left alone, each time
@@ -364,6 +369,63 @@ def test_what_a_partial_success_leaves_out_is_kept_with_its_values(line: Line, l
     assert line.lane.counts[1] == 1
 
 
+# ---- MLflow ---------------------------------------------------------------------------------------------------------
+
+
+class MlflowLine(Line):
+    """The same to a real MLflow server."""
+
+    def __init__(self, folder: Path, server: MlflowServer, stack: ExitStack) -> None:
+        self.server = server
+        super().__init__(folder, "mlflow", stack)
+
+    def _sink(self) -> Any:
+        return contextlib.nullcontext(self.server)
+
+    def exporter(self, **more: Any) -> Exporter:
+        environ = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "1"}
+        return MLflowExporter({"tracking_uri": f"http://127.0.0.1:{self.port}"}, {}, environ)
+
+    def values(self) -> list[float]:
+        run_id = self.lane.memory.get("run_id")
+        return sorted(row.value for row in rows_of(self.server, run_id) if row.key == "loss") if run_id else []
+
+
+@pytest.fixture
+def mlflow_line(mlflow_server: MlflowServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Line]:
+    monkeypatch.setattr(guard, "_logged_at", {})
+    with ExitStack() as stack:
+        yield MlflowLine(tmp_path / new_run_id() / "host-boot", mlflow_server, stack)
+
+
+def test_ten_minutes_without_an_mlflow_lose_nothing(mlflow_line: Line) -> None:
+    line = mlflow_line
+    line.log(100)
+    line.run_until(line.has_all(100))
+    line.wire.spoil("refusing")
+    for i in range(100, 300):
+        line.writer.log("loss", i + 0.5, i)
+    line.run_for(600.0)
+    assert 10 <= len(line.waits) <= 30
+    line.wire.mend()
+    line.run_until(line.has_all())
+    assert line.letters() == []
+
+
+@pytest.mark.parametrize("fault", ["hanging", "closing", "resetting", "garbage"])
+def test_a_line_to_mlflow_with_a_fault_is_tried_again_until_it_has_none(mlflow_line: Line, fault: str) -> None:
+    line = mlflow_line
+    line.log(100)
+    line.run_until(line.has_all(100))
+    line.wire.spoil(fault)
+    for i in range(100, 300):
+        line.writer.log("loss", i + 0.5, i)
+    line.run_until(lambda: len(line.waits) >= 2)
+    line.wire.mend()
+    line.run_until(line.has_all())
+    assert line.letters() == []
+
+
 # ---- beside it ------------------------------------------------------------------------------------------------------
 
 
@@ -410,3 +472,40 @@ def test_a_destination_that_hangs_or_is_gone_delays_no_other(tmp_path: Path) -> 
         assert made.lanes["memory-hangs"].trouble is None
         wires["hanging"].mend()  # lets it go, so that nobody waits for its ten seconds
         made.close()
+
+
+@every_kind
+def test_a_line_that_fails_in_every_way_again_and_again_loses_nothing(line: Line) -> None:
+    """A shipper's own threads, on the real clock: 4 s, or ten minutes with TRACELET_SOAK=1."""
+    chance = random.Random(f"{line.kind} 5")
+    over = time.monotonic() + (600.0 if os.environ.get("TRACELET_SOAK") == "1" else 4.0)
+    made = shipment(line.folder, {"a": line.exporter})
+    logged = 0
+    while time.monotonic() < over:
+        fault = chance.choice(FAULTS)
+        stored = len(line.sink.stored)
+        line.wire.spoil(fault, arrived=lambda stored=stored: len(line.sink.stored) > stored)  # type: ignore[misc]
+        _pass(made, chance.uniform(0.1, 0.5), line.writer, logged)
+        logged += 50
+        line.wire.mend()
+        _pass(made, chance.uniform(0.1, 1.0), line.writer, logged)
+        logged += 50
+
+    def all_there() -> bool:
+        made.tick()
+        return made.lanes["memory-a"].counts[0] == logged
+
+    until(all_there, within_s=90.0)  # the last wait may be a minute
+    made.close()
+    assert line.values() == [i + 0.5 for i in range(logged)]
+    assert line.letters() == []
+
+
+def _pass(made: Any, seconds: float, writer: Any, first: int) -> None:
+    """Let this much time pass while 50 points are logged: the lengths of the faults are the test's input."""
+    for i in range(first, first + 50):
+        writer.log("loss", i + 0.5, i)
+    over = time.monotonic() + seconds
+    while time.monotonic() < over:
+        made.tick()
+        threading.Event().wait(0.02)
