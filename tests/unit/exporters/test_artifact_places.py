@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import ssl
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -12,10 +15,11 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from tests.otlp_batches import RUN, START, batch, otlp_spec
-from tests.sinks import HttpSink, attributes
+from tests.sinks import HttpSink, attributes, certificate
 from tracelet.errors import ConfigError
-from tracelet.exporters.artifact_store import place_for, where_artifacts_go
+from tracelet.exporters.artifact_store import Waiting, place_for, where_artifacts_go
 from tracelet.exporters.base import Delivered, Rejected, RetryLater
+from tracelet.exporters.original import Original
 from tracelet.exporters.otlp import OTLPExporter
 from tracelet.records import ArtifactLogged
 
@@ -202,3 +206,49 @@ def test_a_place_is_told_without_its_password() -> None:
     told = where_artifacts_go({"TRACELET_ARTIFACT_GATEWAY": "https://me:secret@gateway:4318"})
     assert "gateway:4318" in told
     assert "secret" not in told
+
+
+def test_a_gateway_that_asks_for_a_certificate_is_shown_the_one_of_otlps_variables(tmp_path: Path) -> None:
+    public, key = certificate(tmp_path / "server")
+    mine, my_key = certificate(tmp_path / "mine")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(public, key)
+    context.load_verify_locations(mine)
+    context.verify_mode = ssl.CERT_REQUIRED
+
+    class Gateway(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response(200)
+            self.send_header("Upload-Offset", str(len(BYTES)))
+            self.send_header("Upload-Complete", "?1")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Gateway)
+    server.handle_error = lambda *_: None  # type: ignore[method-assign]  # a refused handshake is the test
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    try:
+        known = {
+            "TRACELET_ARTIFACT_GATEWAY": f"https://localhost:{server.server_port}",
+            "OTEL_EXPORTER_OTLP_CERTIFICATE": str(public),
+        }
+        shown = {"OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE": str(mine), "OTEL_EXPORTER_OTLP_CLIENT_KEY": str(my_key)}
+        file = file_of(tmp_path)
+        for environ, let_in in ((known, False), (known | shown, True)):
+            place = place_for(environ)
+            assert place is not None
+            with file.open("rb") as opened:
+                original = Original(opened, reference(file), str(file))
+                if let_in:
+                    place.put("run", SHA, "best.pt", original)
+                else:
+                    with pytest.raises(Waiting):
+                        place.put("run", SHA, "best.pt", original)
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
