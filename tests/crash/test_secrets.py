@@ -20,7 +20,7 @@ from urllib.parse import quote
 import grpc
 import pytest
 
-from tests.conftest import processes_of, stop
+from tests.conftest import PREFIXES, processes_of, stop
 from tests.servers import Spoil, recording_proxy
 from tests.shipping import until
 from tests.sinks import GrpcSink, HttpSink, Received, Say
@@ -121,7 +121,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             f"api-key={quote(SECRETS['header'], safe='')},authorization=Bearer%20{quote(SECRETS['bearer'], safe='')}"
         )
         environ = {
-            **os.environ,
+            **{name: value for name, value in os.environ.items() if not name.startswith(PREFIXES)},
             "TRACELET_DIR": str(spool),
             "OTEL_EXPORTER_OTLP_HEADERS": headers,
             "MLFLOW_TRACKING_USERNAME": MLFLOW_USER,
