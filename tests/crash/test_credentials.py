@@ -21,6 +21,7 @@ from tests.crash.test_network import Line
 from tests.otlp_batches import otlp_spec
 from tests.sinks import GrpcSink, HttpSink, Received, Say, certificate
 from tracelet.backends import OTLP, Prometheus, to_destination
+from tracelet.cli.reach import check
 from tracelet.exporters.base import Exporter
 from tracelet.exporters.otlp import OTLPExporter
 from tracelet.exporters.prometheus import PrometheusExporter
@@ -123,6 +124,35 @@ def test_a_file_goes_before_the_variables_and_an_argument_before_it(
     headers = line.sink.requests[-1].headers
     assert (headers["authorization"], headers["x-key"]) == ("Bearer of-the-file", "of-the-argument")
     assert headers.get("x-other") == (None if line.kind == "prometheus" else "kept")
+
+
+@every_kind
+def test_who_ships_from_another_machine_names_a_file_of_its_own(
+    line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path / "mine", "of-the-login-node")
+    which = "PROMETHEUS" if line.kind == "prometheus" else "OTLP"
+    monkeypatch.setenv(f"TRACELET_{which}_HEADERS_FILE", str(tmp_path / "mine"))
+    line.lane = line.new_lane(headers_file="/nowhere/on/the/compute/node/token")
+    line.sink.rule = only(line, "of-the-login-node")
+    line.log()
+    line.run_until(line.has_all())
+
+
+@every_kind
+def test_the_doctor_asks_with_the_token_of_the_file(line: Line, tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    at = f"http://127.0.0.1:{line.port}"
+    spec = Prometheus(url=f"{at}/v1/metrics", headers_file=file)
+    chosen = spec if line.kind == "prometheus" else OTLP(at, "grpc" if line.kind == "grpc" else None, headers_file=file)
+    destination, secrets = to_destination(chosen, {}, tmp_path)
+    line.sink.rule = only(line, "right")
+    for content, ok in (("wrong", False), ("right", True)):
+        put(file, content)
+        reached = check(destination, secrets, {}, project="p")
+        assert reached.ok is ok, reached.said
+    file.unlink()
+    assert str(file) in check(destination, secrets, {}, project="p").said
 
 
 def test_files_are_named_in_the_manifest_absolute_and_their_content_is_not_there(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ class Line:
         at = f"http://127.0.0.1:{self.port}"
         if self.kind == "prometheus":
             spec = {"url": f"{at}/v1/metrics", "prefix": "ml.", "window_age_s": 1e6, "window_ahead_s": 1e6} | more
-            return PrometheusExporter({"timeout_s": 0.5} | spec, self.secrets, {})
+            return PrometheusExporter({"timeout_s": 0.5} | spec, self.secrets, os.environ)
         protocol = "grpc" if self.kind == "grpc" else "http/protobuf"
         spec = otlp_spec(at, **({"protocol": protocol, "timeout_s": 0.5} | more))
         return OTLPExporter(spec, self.secrets, os.environ)

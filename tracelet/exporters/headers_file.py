@@ -1,11 +1,13 @@
-"""Headers that stand in a file, so that a token can be renewed under a run that goes on."""
+"""Headers that stand in a file, so that a token can be renewed under a run that goes on; and which file that is."""
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["headers_in"]
+__all__ = ["file_here", "headers_in"]
 
 _NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", re.ASCII)
 
@@ -37,3 +39,12 @@ def headers_in(path: str) -> dict[str, str]:
             raise ValueError(f"line {number} of {path} is no `name: value`")
         found[name.strip().lower()] = value.strip()
     return found
+
+
+def file_here(given: str | None, variable: str, environ: Mapping[str, str]) -> str | None:
+    """The file that training named, or, where that is not on this machine, the one this process's `variable` names.
+
+    A run that is shipped from a login node is shipped with the secrets of whoever ships it.
+    """
+    own = environ.get(variable, "").strip()
+    return own if own and (given is None or not os.path.exists(given)) else given

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit, urlunsplit
 
 from tracelet.errors import ConfigError
-from tracelet.exporters.headers_file import headers_in
+from tracelet.exporters.headers_file import file_here, headers_in
 from tracelet.guard import logger
 from tracelet.otlp import semconv
 from tracelet.sieve import Sieve
@@ -150,7 +150,7 @@ def options_for(
         compression=spec.get("compression"),
         timeout_s=spec.get("timeout_s"),
         environ=environ,
-        headers_file=spec.get("headers_file"),
+        headers_file=file_here(spec.get("headers_file"), "TRACELET_OTLP_HEADERS_FILE", environ),
     )
 
 

@@ -19,8 +19,6 @@ from tracelet.records import Batch, Heartbeat, RunInfo
 
 __all__ = ["PrometheusExporter"]
 
-_CERTIFICATES = ("certificate", "client_certificate", "client_key")
-
 
 class PrometheusExporter:
     """Sends a run's metrics as the series that the collector's file would make of them.
@@ -30,8 +28,8 @@ class PrometheusExporter:
     `memory()["left_out"]`, and said. What the server refuses nevertheless is found by halving, and named. A repeat of
     a batch has the same bytes.
 
-    `spec` and `secrets` are as `tracelet.backends` makes them; nothing is taken from the OTEL_* variables, which are
-    about another receiver.
+    `spec` and `secrets` are as `tracelet.backends` makes them; of `environ` the TRACELET_PROMETHEUS_* files count
+    where those of the specification aren't here, and nothing of the OTEL_* variables, which are about another receiver.
     """
 
     max_points = 16_000
@@ -51,7 +49,7 @@ class PrometheusExporter:
         self._age_s, self._ahead_s = float(spec["window_age_s"]), float(spec["window_ahead_s"])
         self._now_ns = now_ns
         self._sender: PrometheusSender | None = None
-        self._headers: tuple[object, ...] = ()  # the state of the file with headers when the sender was made
+        self._headers: tuple[object, ...] | None = None  # the state of the file with headers when the sender was made
         self._certificates: tuple[object, ...] = ()  # and that of the certificates
         self._ledger = Ledger()
         self._left_out = LeftOut()
@@ -133,8 +131,9 @@ class PrometheusExporter:
 
     def _send(self, signal: str, body: bytes) -> Reply:
         del signal  # metrics, always
-        headers = fingerprint(self._spec.get("headers_file"))
-        certificates = fingerprint(*(self._spec.get(name) for name in _CERTIFICATES))
+        files = PrometheusSender.files(self._spec, self._environ)
+        headers = fingerprint(files.pop("headers_file"))
+        certificates = fingerprint(*files.values())
         if headers != self._headers:
             self._drop()  # a token renewed in time: not one request is refused
         if self._sender is None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import requests
 
-from tracelet.exporters.headers_file import headers_in
+from tracelet.exporters.headers_file import file_here, headers_in
 from tracelet.exporters.otlp_http import HttpSender
 from tracelet.exporters.otlp_wire import WIRE_HEADER, Reply, suppressed
 from tracelet.sieve import Sieve
@@ -16,6 +16,7 @@ from tracelet.sieve import Sieve
 __all__ = ["PrometheusSender"]
 
 TIMEOUT_S = 30.0
+_FILES = ("headers_file", "certificate", "client_certificate", "client_key")
 _GZIP_LEVEL = 1
 
 
@@ -60,16 +61,22 @@ class PrometheusSender(HttpSender):
         Raises:
             ValueError, OSError: the file with the headers can't be read.
         """
-        written = headers_in(spec["headers_file"]) if spec.get("headers_file") else {}
-        certificate, key = spec.get("client_certificate"), spec.get("client_key")
+        files = cls.files(spec, environ)
+        written = {} if files["headers_file"] is None else headers_in(files["headers_file"])
+        certificate, key = files["client_certificate"], files["client_key"]
         return cls(
             str(secrets.get("url") or spec["url"]),
             written | {name.lower(): value for name, value in (secrets.get("headers") or {}).items()},
             float(spec.get("timeout_s") or TIMEOUT_S),
-            certificate=spec.get("certificate"),
+            certificate=files["certificate"],
             client=(certificate, key) if certificate and key else certificate,
             environ=environ,
         )
+
+    @staticmethod
+    def files(spec: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, str | None]:
+        """The files that this destination is sent with, by the names that its specification has for them."""
+        return {name: file_here(spec.get(name), f"TRACELET_PROMETHEUS_{name.upper()}", environ) for name in _FILES}
 
     def send(self, body: bytes) -> Reply:
         """Post one encoded request, once."""
