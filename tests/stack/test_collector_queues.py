@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import signal
 import subprocess
 import time
@@ -15,6 +16,7 @@ from opentelemetry.proto.common.v1.common_pb2 import AnyValue
 from opentelemetry.proto.logs.v1.logs_pb2 import LogRecord
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
+from tests.otlp_batches import points
 from tests.sinks import GrpcSink, HttpSink, Say, until
 from tests.stack.collectors import (
     MINUTE,
@@ -30,8 +32,11 @@ from tests.stack.collectors import (
     stored_points,
 )
 from tracelet import OTLP, Experiment, ExperimentConfig
-from tracelet.otlp.encode import EventsLoad, SpansLoad, resource_bytes
-from tracelet.records import PointBatch
+from tracelet.exporters.base import Delivered
+from tracelet.exporters.otlp import OTLPExporter
+from tracelet.otlp import semconv
+from tracelet.otlp.encode import EventsLoad, PointsLoad, SpansLoad, resource_bytes, swells
+from tracelet.records import Batch, Part, PointBatch, RunInfo, WriterOpened
 
 TOKEN = "planted-token-6d1f"
 CHUNK = 500
@@ -161,6 +166,64 @@ def test_a_run_keeps_what_the_collector_has_no_room_for_and_delivers_it_all(tmp_
         wanted = {(i, i * 0.5) for i in range(next(logged))}
         until(lambda: {(p.iteration, p.value) for p in gateway.points(run_id)} == wanted, 40)
         until(lambda: prometheus.count(f'{{__name__=~"ml_m.",tracelet_run_id="{run_id}"}}') == len(wanted), 40)
+
+
+def delivered(way: OTLPExporter, run: Sender, sent: PointBatch, number: int = 1) -> None:
+    """Through the shipper's own exporter, again for as long as the collector has no room."""
+    opened = WriterOpened(now_ns(), "first", 4711, 0, "a" * 16, now_ns(), run.resource)
+    about = RunInfo(run.run_id, "vision", "cnn", str(run.resource[semconv.RUN_NAME]))
+    delivery = way.begin(Batch(number, about, "/nowhere", (Part("w" * 16, opened, (), sent),)))
+    until(lambda: delivery.attempt() == Delivered(), 60)
+
+
+SMALLEST = "16000000"  # bytes of a queue, as the files and pages name it
+
+
+def test_the_largest_request_that_is_made_fits_the_smallest_queue_that_is_allowed(tmp_path: Path) -> None:
+    run, rows = Sender("largest"), [(i / 2, i) for i in range(OTLPExporter.max_points)]
+
+    def named(length: int) -> PointBatch:
+        return points([("x" * length, *row) for row in rows], start=now_ns(MINUTE))
+
+    longest = next(
+        length for length in range(400, 0, -1) if not swells(PointsLoad.of(resource_bytes(run.resource), named(length)))
+    )
+    prometheus = Prometheus(tmp_path / "prometheus")  # not there yet
+    with (
+        HttpSink() as gateway,
+        Collector(
+            tmp_path / "collector", prometheus=prometheus.otlp, gateway=gateway.url, TRACELET_QUEUE_BYTES=SMALLEST
+        ) as collector,
+    ):
+        way = OTLPExporter({"signals": ["metrics"], "endpoint": collector.http}, {}, os.environ)
+        delivered(way, run, named(longest))
+        waiting = collector.number("otelcol_exporter_queue_size", 'exporter="otlp_http/prometheus"')
+        assert 0.97 * semconv.LABELLED_MAX_BYTES < waiting <= semconv.LABELLED_MAX_BYTES
+        with prometheus:
+            until(lambda: prometheus.count('{__name__=~"ml_x+|tracelet_iteration"}') == 2 * len(rows), 40)
+        way.close()
+
+
+def test_names_of_3_000_characters_pass_the_smallest_queue_and_prometheus_has_every_point(tmp_path: Path) -> None:
+    # Labels make 117 MB of these 0.9 MB. As one request a third of it is over what Prometheus takes as a body.
+    run, batch = Sender("long"), made(18_000, "x" * 3_000, start=now_ns(MINUTE))
+    other, named = Sender("n" * 400), made(18_000, "loss", start=now_ns(MINUTE))
+    with (
+        HttpSink() as gateway,
+        Prometheus(tmp_path / "prometheus") as prometheus,
+        Collector(
+            tmp_path / "collector", prometheus=prometheus.otlp, gateway=gateway.url, TRACELET_QUEUE_BYTES=SMALLEST
+        ) as collector,
+    ):
+        way = OTLPExporter({"signals": ["metrics"], "endpoint": collector.http}, {}, os.environ)
+        delivered(way, run, batch)
+        delivered(way, other, named, 2)
+        way.close()
+        for sender, sent in ((run, batch), (other, named)):
+            selector = f'{{tracelet_run_id="{sender.run_id}",tracelet_metric_key!=""}}'
+            until(lambda selector=selector: prometheus.count(selector) == 2 * 18_000, 60)  # type: ignore[misc]
+            assert stored_points(gateway, sender.run_id) == as_sent(sent)
+        assert not collector.numbers("otelcol_exporter_send_failed_metric_points")
 
 
 @pytest.fixture

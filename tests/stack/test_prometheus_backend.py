@@ -102,6 +102,15 @@ def test_the_backend_and_the_collector_make_the_same_series_labels_and_samples(t
         assert targets[0] == targets[1]
 
 
+def test_a_name_of_3_000_characters_costs_no_point(tmp_path: Path) -> None:
+    with shipped(tmp_path / "prometheus") as server:
+        way = backend(server)
+        names = ("x" * 3_000, "loss")
+        sent = points([(names[i % 2], i / 2, i) for i in range(way.max_points)], start=now_ns(MINUTE))
+        assert way.begin(batch(1, opening(), sent)).attempt() == Delivered()
+        assert server.count('{tracelet_metric_key!=""}') == 2 * len(sent)
+
+
 def test_a_repeat_has_no_effect_and_a_point_at_fault_costs_only_itself(tmp_path: Path) -> None:
     start = now_ns(MINUTE)
     with shipped(tmp_path / "prometheus") as server:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from tracelet.cli.export_rows import DENSE, Row, Series
 from tracelet.otlp import semconv
 from tracelet.otlp.encode_points import wire_text
-from tracelet.otlp.prometheus import LABELS
 from tracelet.records import Scalar
 
 __all__ = ["Counts", "label_name", "lines", "metric_name", "seconds"]
@@ -62,7 +61,7 @@ def labels_of(series: Series, promoted: Sequence[str]) -> dict[str, str]:
     """The labels of a series and its companion, without the name; `promoted` as in Prometheus' configuration."""
     resource = series.resource
     service, namespace = _text(resource.get("service.name", "")), _text(resource.get("service.namespace", ""))
-    found = {name: _text(resource[name]) for name in (*promoted, *LABELS) if name in resource}
+    found = {name: _text(resource[name]) for name in (*promoted, *semconv.LABELS) if name in resource}
     labels = {label_name(name): value for name, value in found.items()}
     labels[label_name(semconv.METRIC_KEY)] = wire_text(series.name)
     labels["job"] = f"{namespace}/{service}" if namespace else service

@@ -16,7 +16,7 @@ from typing import Any
 
 from tracelet.exporters.base import Answer, Delivered, RetryLater
 from tracelet.otlp import semconv
-from tracelet.otlp.encode import Load
+from tracelet.otlp.encode import Load, swells
 from tracelet.otlp.encode_json import json_line
 from tracelet.otlp.plan import Ledger, Plan, heartbeat_load, plan
 from tracelet.records import Batch, Heartbeat, RunInfo
@@ -138,10 +138,12 @@ class _FileDelivery:
 
 
 def _lines(load: Load) -> list[bytes]:
-    # The receiver's own limit of a line is 1 MiB (max_log_size); longer ones would be cut in two.
-    line = json_line(load).encode()
-    if len(line) <= semconv.REQUEST_MAX_BYTES or len(load) < 2:
-        return [line]
+    # The receiver's own limit of a line is 1 MiB (max_log_size); longer ones would be cut in two. What it reads goes on
+    # as a request.
+    if not swells(load):
+        line = json_line(load).encode()
+        if len(line) <= semconv.REQUEST_MAX_BYTES or len(load) < 2:
+            return [line]
     first, second = load.halves()
     return _lines(first) + _lines(second)
 

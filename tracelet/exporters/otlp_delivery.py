@@ -16,7 +16,7 @@ from tracelet.exporters.otlp_artifacts import Uploads
 from tracelet.exporters.otlp_wire import Reply
 from tracelet.guard import guard
 from tracelet.otlp import semconv
-from tracelet.otlp.encode import Load
+from tracelet.otlp.encode import Load, swells
 
 __all__ = ["OtlpDelivery"]
 
@@ -70,6 +70,9 @@ class OtlpDelivery:
             job = self._jobs[0]
             if job.load.signal in blocked:
                 aside.append(self._jobs.popleft())
+                continue
+            if swells(job.load):
+                self._halve()
                 continue
             encoded, ready = job.load.encode(), self._ready(job.load)
             if len(job.load) > 1 and (len(encoded) > semconv.REQUEST_MAX_BYTES or 0 < ready < len(job.load)):

@@ -35,10 +35,15 @@ __all__ = [
     "fitting",
     "points_codec",
     "resource_bytes",
+    "swells",
 ]
 
 SIGNALS = ("metrics", "traces", "logs")
 _INT64 = range(-(2**63), 2**63)
+_LABELLED_ROW = 22  # of a row in Prometheus' branch: its head, time and value; the rest are its attributes
+_LABELLED_KEY = len(semconv.METRIC_KEY) + 18  # of an attribute with the metric's name, beside the name itself
+_LABELLED_METRIC = 64  # of a metric and its companion, beside the name and the rows
+_LABELLED_REQUEST = 128  # of a request, beside the Resource and the metrics
 _NUMPY_POINTS = 256  # below it numpy's fixed costs (and its import) are not worth it
 
 
@@ -47,6 +52,10 @@ class PointsCodec(Protocol):
 
     def group(self, points: PointBatch, /) -> PointBatch:
         """The same points by name, each name's in their old order."""
+        ...
+
+    def counts(self, points: PointBatch, /) -> tuple[list[int], list[int]]:
+        """The ids of grouped points, and how many points each has."""
         ...
 
     def metric_fields(self, points: PointBatch, /) -> bytes:
@@ -88,6 +97,10 @@ class Load(Protocol):
         """The Export...ServiceRequest, uncompressed; the same bytes every time."""
         ...
 
+    def labelled_bytes(self) -> int:
+        """At most so many bytes a collector makes of it for Prometheus: labels on each point, a companion for each."""
+        ...
+
     def halves(self) -> tuple[Load, Load]:
         """The first and the second half of its items, for a load of at least two."""
         ...
@@ -120,13 +133,19 @@ def attributes(values: Mapping[str, Scalar]) -> list[KeyValue]:
 class ResourceBytes:
     """One Resource, encoded once: all loads of a writer share it."""
 
-    __slots__ = ("attributes", "encoded")
+    __slots__ = ("attributes", "encoded", "labels")
 
     def __init__(self, resource: Mapping[str, Scalar]) -> None:
         from opentelemetry.proto.resource.v1.resource_pb2 import Resource
 
         self.attributes = dict(resource)
         self.encoded = field(1, Resource(attributes=attributes(resource)).SerializeToString())
+        # As attributes of a data point, those that Prometheus has on every one.
+        self.labels = b"".join(field(7, each.SerializeToString()) for each in self.label_attributes())
+
+    def label_attributes(self) -> list[KeyValue]:
+        """What Prometheus has of this Resource on every point."""
+        return attributes({name: self.attributes[name] for name in semconv.LABELS if name in self.attributes})
 
     def request(self, scope: str, items: bytes) -> bytes:
         """An Export...ServiceRequest: the three signals number their fields alike, down to the items (2)."""
@@ -157,6 +176,15 @@ class PointsLoad:
     def encode(self) -> bytes:
         """One request, one `Metric` for each name."""
         return self.resource.request(semconv.SCOPE, points_codec(len(self.points)).metric_fields(self.points))
+
+    def labelled_bytes(self) -> int:
+        """Found by counting: the names are few beside the points."""
+        names, total = self.points.names, len(self.resource.encoded) + _LABELLED_REQUEST
+        row = _LABELLED_ROW + _LABELLED_KEY + len(self.resource.labels)
+        for identity, count in zip(*points_codec(len(self.points)).counts(self.points), strict=True):
+            name = len(wire_text(names[identity]).encode())
+            total += 2 * count * (row + name) + name + _LABELLED_METRIC
+        return total
 
     def halves(self) -> tuple[PointsLoad, PointsLoad]:
         """Both halves, each still grouped by name."""
@@ -189,6 +217,10 @@ class _MessagesLoad:
     def __len__(self) -> int:
         return len(self.items)
 
+    def labelled_bytes(self) -> int:
+        """None: Prometheus has metrics alone."""
+        return 0
+
     def _encoded(self, scope: str) -> bytes:
         return self.resource.request(scope, b"".join(field(2, item.SerializeToString()) for item in self.items))
 
@@ -214,6 +246,14 @@ class MetricsLoad(_MessagesLoad):
             else:
                 metric.MergeFrom(item)  # repeated fields are appended
         return _MessagesLoad(self.resource, tuple(merged.values()))._encoded(self.scope)
+
+    def labelled_bytes(self) -> int:
+        """What is about the run has labels; the end of a series has its name as one, too, and a companion."""
+        request = len(self.resource.encoded) + _LABELLED_REQUEST
+        labels = len(self.resource.labels) + _LABELLED_METRIC
+        if self.scope != semconv.SCOPE:
+            return request + sum(item.ByteSize() + labels for item in self.items)
+        return request + sum(2 * (2 * item.ByteSize() + labels + _LABELLED_KEY) for item in self.items)
 
     def halves(self) -> tuple[MetricsLoad, MetricsLoad]:
         """Both halves."""
@@ -270,14 +310,20 @@ class SpansLoad(_MessagesLoad):
         return "span", message_dict(self.items[index])
 
 
+def swells(load: Load) -> bool:
+    """Whether a load has to be halved whatever it has now, for what a collector would make of it for Prometheus."""
+    return len(load) > 1 and load.labelled_bytes() > semconv.LABELLED_MAX_BYTES
+
+
 def fitting(load: Load, max_bytes: int = semconv.REQUEST_MAX_BYTES) -> Sequence[tuple[Load, bytes]]:
-    """`load` and its bytes, halved as often as it takes for each request to have at most `max_bytes`.
+    """`load` and its bytes, halved as often as it takes for each request to have at most `max_bytes`, and not to swell.
 
     A single item that is larger still goes out alone: whether it passes is the destination's to say.
     """
-    encoded = load.encode()
-    if len(encoded) <= max_bytes or len(load) < 2:
-        return ((load, encoded),)
+    if not swells(load):
+        encoded = load.encode()
+        if len(encoded) <= max_bytes or len(load) < 2:
+            return ((load, encoded),)
     first, second = load.halves()
     return (*fitting(first, max_bytes), *fitting(second, max_bytes))
 

@@ -23,6 +23,7 @@ __all__ = [
     "Form",
     "bulk",
     "canonical_ids",
+    "counts",
     "field",
     "group",
     "lanes",
@@ -128,6 +129,19 @@ def group(points: PointBatch) -> PointBatch:
         array("I", take(ids)),
         frozenset(new for new, old in enumerate(order) if old in points.dense) if points.dense else frozenset(),
     )
+
+
+def counts(points: PointBatch) -> tuple[list[int], list[int]]:
+    """The ids of `points`, which must come from `group`, and how many points each has."""
+    ids, start = points.metric_ids, 0
+    found: list[int] = []
+    many: list[int] = []
+    while start < len(ids):
+        end = bisect_right(ids, ids[start], start)
+        found.append(ids[start])
+        many.append(end - start)
+        start = end
+    return found, many
 
 
 def metric_fields(points: PointBatch) -> bytes:

@@ -17,7 +17,7 @@ from tracelet.records import PointBatch
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["bulk", "group", "metric_fields"]
+__all__ = ["bulk", "counts", "group", "metric_fields"]
 
 
 def group(points: PointBatch) -> PointBatch:
@@ -51,6 +51,15 @@ def group(points: PointBatch) -> PointBatch:
         column("I", ids),
         dense,
     )
+
+
+def counts(points: PointBatch) -> tuple[list[int], list[int]]:
+    """The ids of `points`, which must come from `group`, and how many points each has."""
+    if not len(points):
+        return [], []
+    ids = np.frombuffer(points.metric_ids, np.uint32)
+    starts = np.flatnonzero(np.diff(ids, prepend=ids[0] ^ 1))
+    return ids[starts].tolist(), np.diff(starts, append=len(ids)).tolist()
 
 
 def metric_fields(points: PointBatch) -> bytes:

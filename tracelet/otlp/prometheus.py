@@ -18,16 +18,13 @@ from typing import TYPE_CHECKING, Any
 from tracelet.otlp import encode_points, semconv
 from tracelet.otlp.encode import Load, MetricsLoad, PointsLoad, ResourceBytes, attributes, points_codec
 from tracelet.otlp.encode_points import Form, field, metric_field, wire_text
-from tracelet.records import PointBatch, Scalar
+from tracelet.records import PointBatch
 
 if TYPE_CHECKING:
     from opentelemetry.proto.common.v1.common_pb2 import KeyValue
     from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric
 
-__all__ = ["LABELS", "LeftOut", "SeriesLoad", "Window", "for_prometheus", "kept"]
-
-LABELS = (semconv.RUN_ID, semconv.RUN_NAME, semconv.RANK, semconv.RUN_ATTEMPT)
-"""Attributes of the Resource that every data point gets."""
+__all__ = ["LeftOut", "SeriesLoad", "Window", "for_prometheus", "kept"]
 
 _ROW_BYTES = 18  # time and value of a row; the rest are its attributes
 
@@ -97,7 +94,7 @@ class SeriesLoad:
 
     def encode(self) -> bytes:
         """One request: for each name a gauge, and a gauge `tracelet.iteration` for it."""
-        constants = _constants(self.resource.attributes)
+        constants = self.resource.labels
         # By the whole load: a request of many names would be made of pieces too small to be worth numpy each.
         fast = points_codec(len(self)) is not encode_points
         out = []
@@ -121,13 +118,17 @@ class SeriesLoad:
 
     def requests(self) -> Iterator[SeriesLoad]:
         """This load in pieces, each below the largest request; found by counting, as encoding twice costs more."""
-        constants = len(_constants(self.resource.attributes))
-        names = self.points.names.values()
-        longest = max((len(wire_text(name).encode()) for name in names), default=0)
+        constants = len(self.resource.labels)
+        names, (used, _) = self.points.names, points_codec(len(self)).counts(self.points)
+        longest = max((len(wire_text(names[name]).encode()) for name in used), default=0)
         row = _ROW_BYTES + constants + longest + len(semconv.METRIC_KEY) + 20
         size = max(1, semconv.REQUEST_MAX_BYTES // (2 * row))
         for first in range(0, len(self), size):
             yield self._slice(first, min(first + size, len(self)))
+
+    def labelled_bytes(self) -> int:
+        """None: it has its labels, and goes through no collector."""
+        return 0
 
     def _slice(self, first: int, last: int) -> SeriesLoad:
         return SeriesLoad(self.resource, self.points.slice(first, last), self.prefix)
@@ -158,7 +159,7 @@ def _translated(metric: Metric, load: MetricsLoad, prefix: str, window: Window) 
     (point,) = new.gauge.data_points or new.sum.data_points
     if not window.oldest <= point.time_unix_nano <= window.newest:
         return
-    own = _labels(load.resource.attributes)
+    own = load.resource.label_attributes()
     if load.scope == semconv.SCOPE:
         own.append(_key(metric.name))
     ours = {each.key for each in own}
@@ -174,14 +175,6 @@ def _translated(metric: Metric, load: MetricsLoad, prefix: str, window: Window) 
     companion.CopyFrom(new)
     companion.name = semconv.ITERATION
     yield companion
-
-
-def _labels(resource: dict[str, Scalar]) -> list[KeyValue]:
-    return attributes({name: resource[name] for name in LABELS if name in resource})
-
-
-def _constants(resource: dict[str, Scalar]) -> bytes:
-    return b"".join(field(7, each.SerializeToString()) for each in _labels(resource))
 
 
 def _key(name: str) -> KeyValue:

@@ -32,6 +32,8 @@ RESOURCE_WIRE_VERSION = "tracelet.wire.version"
 ITERATION = "tracelet.iteration"  # int: what MLflow calls a step
 DENSE = "tracelet.dense"  # bool, only ever true: shares its millisecond with a neighbour, Prometheus can't take it
 METRIC_KEY = "tracelet.metric.key"  # the user's name of a metric, where the metric's own name is another
+# What Prometheus has of the Resource on every point: set by the collector's transform, or by the backend `prometheus`.
+LABELS = (RUN_ID, RUN_NAME, RANK, RUN_ATTEMPT)
 
 # ---- metrics of scope tracelet.run ------------------------------------------------------------------------------
 RUN_INFO = "tracelet.run.info"
@@ -94,6 +96,10 @@ VALUE_KEPT_CHARACTERS = 256
 CHUNK_MAX_BYTES = 32_000
 # A request has to pass Kafka's record limit (1 MB) and gRPC's receive limit (4 MiB); uncompressed bytes.
 REQUEST_MAX_BYTES = 900_000
+# What a collector makes of a request for Prometheus: labels on every point, and a companion. Its queue may be as small
+# as 16 MB, where a larger one is a 503 for ever; and Prometheus takes no OTLP body above 32 MiB, with a 400, which is
+# final. 16,000 points come to 8 MB with short names, and reach this with 120 characters of key and run name.
+LABELLED_MAX_BYTES = 12_000_000
 SPAN_PARAMS_MAX_BYTES = 256_000  # beyond it a param stands on the root span as its beginning and its digest
 SPAN_PARAMS_CUT_MAX_BYTES = 600_000  # beyond it not at all, and is counted
 EXCEPTION_MAX_BYTES = 64_000  # of each text of an exception on a span; with all params it still fits a request

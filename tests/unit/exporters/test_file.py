@@ -16,6 +16,7 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportM
 from tests.otlp_batches import MS, RUN, START, batch, opened
 from tracelet.exporters.base import Delivered, RetryLater
 from tracelet.exporters.file import FileExporter
+from tracelet.otlp import semconv
 from tracelet.records import Heartbeat, ParamsLogged, SpanEnded, SpanStarted
 
 
@@ -85,6 +86,19 @@ def test_no_line_is_longer_than_the_receiver_reads(tmp_path: Path) -> None:
         for metric in line["resourceMetrics"][0]["scopeMetrics"][0]["metrics"]
     )
     assert count == 16_000
+
+
+def test_no_line_grows_beyond_the_smallest_queue_of_the_collector_that_reads_it(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    assert exporter(path).begin(batch([("x" * 3_000, 0.5, i) for i in range(5_000)])).attempt() == Delivered()
+    counts = [
+        len(metric["gauge"]["dataPoints"])
+        for line in lines(path)
+        for metric in line["resourceMetrics"][0]["scopeMetrics"][0]["metrics"]
+    ]
+    assert sum(counts) == 5_000
+    assert max(counts) * 2 * 3_000 < semconv.LABELLED_MAX_BYTES  # the name alone, at a point and its companion
+    assert path.stat().st_size < semconv.REQUEST_MAX_BYTES  # which as lines would have been one
 
 
 def test_a_repeat_writes_only_what_is_missing(tmp_path: Path) -> None:
