@@ -391,12 +391,20 @@ def _switched_off(configs: Sequence[Path], backends: Sequence[str]) -> list[str]
     import yaml
 
     pipelines: dict[str, list[str]] = {}
+    connectors: set[str] = set()
     for path in configs:
-        found = (yaml.safe_load(path.read_text()) or {}).get("service", {}).get("pipelines") or {}
+        config = yaml.safe_load(path.read_text()) or {}
+        found = config.get("service", {}).get("pipelines") or {}
         pipelines |= {name: p["exporters"] for name, p in found.items() if p and "exporters" in p}
+        connectors |= (config.get("connectors") or {}).keys()
     arguments: list[str] = []
     for name, exporters in pipelines.items():
-        kept = [e for e in exporters if not any(e.rpartition("/")[2].startswith(backend) for backend in backends)]
+        # A connector only leads on to the next pipeline.
+        kept = [
+            e
+            for e in exporters
+            if e in connectors or not any(e.rpartition("/")[2].startswith(backend) for backend in backends)
+        ]
         if kept != exporters:
             listed = ", ".join(kept) or "nop"
             arguments += ["--config", f"yaml:service::pipelines::{name}::exporters: [{listed}]"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 from pathlib import Path
@@ -47,6 +48,19 @@ COMPOSE_NAMES = {
 }
 
 
+README = (CONFIG / "README.md").read_text()
+SEVERAL = README.partition("## Several at once")[2].partition("\n## ")[0]
+# As the README has them: the order, and pairs that are not for each other.
+ORDER = list(dict.fromkeys(re.findall(r"`([\w-]+\.yaml)`", SEVERAL.partition("in this order")[2].partition("But")[0])))
+APART = [set(pair) for pair in re.findall(r"^\| `([\w-]+\.yaml)`, `([\w-]+\.yaml)` \|", SEVERAL, re.MULTILINE)]
+TOGETHER = [
+    ("collector.yaml", *several)
+    for count in (2, 3)
+    for several in itertools.combinations(ORDER, count)
+    if not any(apart <= set(several) for apart in APART)
+]
+
+
 def all_files() -> list[Path]:
     return sorted(path for path in CONFIG.glob("*.yaml") if path.name != "builder-manifest.yaml")
 
@@ -86,13 +100,86 @@ def queues(config: dict[str, Any]) -> list[int]:
     ]
 
 
-@pytest.mark.parametrize("way", WAYS, ids="+".join)
-def test_a_collector_takes_the_file_as_its_head_says(way: tuple[str, ...]) -> None:
-    argv = [str(program("collector")), "validate"]
+def asked(word: str, way: tuple[str, ...]) -> str:
+    """What the collector's own command says to these files."""
+    argv = [str(program("collector")), word]
     for name in way:
         argv += ["--config", str(CONFIG / name)]
     done = subprocess.run(argv, capture_output=True, text=True, check=False, env={})
     assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("way", [*WAYS, *TOGETHER], ids="+".join)
+def test_a_collector_takes_the_file_as_its_head_says(way: tuple[str, ...]) -> None:
+    asked("validate", way)
+
+
+def test_the_readme_speaks_of_every_pair_of_overlays_and_the_heads_of_those_that_are_apart() -> None:
+    assert {("collector.yaml", name) for name in ORDER} == {way for way in WAYS if len(way) == 2}
+    assert len(APART) == 4
+    assert sum(len(way) == 3 for way in TOGETHER) == 15 - 4
+    for pair in APART:
+        for name, other in itertools.permutations(pair):
+            head = (CONFIG / name).read_text().partition("\nreceivers:")[0].partition("\nexporters:")[0]
+            assert other in head, f"{name} doesn't say that {other} is not for it"
+
+
+@pytest.mark.parametrize("way", TOGETHER, ids="+".join)
+def test_what_goes_together_keeps_each_ones_promise(way: tuple[str, ...]) -> None:
+    """By the file that a collector makes of them: ways from receivers to exporters, who is asked for a token."""
+    config = yaml.safe_load(asked("print-config", way))
+    pipelines = config["service"]["pipelines"]
+    into = {name for name, pipeline in pipelines.items() if pipeline["receivers"][0] not in config["connectors"]}
+    for name in into:
+        assert pipelines[name]["processors"] == ["memory_limiter"], name
+    doors = {receiver for name in into for receiver in pipelines[name]["receivers"]}
+    assert doors == {
+        "kafka" if "kafka-core.yaml" in way else "otlp",
+        *(["otlp/gateway"] if "second-port.yaml" in way else []),
+    }
+
+    def ways_to(name: str) -> set[str]:
+        """The receivers that a pipeline is reached from."""
+        signal = name.partition("/")[0]
+        froms = set(pipelines[name]["receivers"])
+        found = froms - config["connectors"].keys()
+        for other, pipeline in pipelines.items():
+            if other.partition("/")[0] == signal and froms & set(pipeline["exporters"]) & config["connectors"].keys():
+                found |= ways_to(other)
+        return found
+
+    to_gateways = {
+        name: pipeline
+        for name, pipeline in pipelines.items()
+        if any(exporter.startswith("otlp_http/gateway") for exporter in pipeline["exporters"])
+    }
+    for name in pipelines.keys() - into:
+        # Each branch has one way in, so that it gets everything once.
+        behind_second = name in to_gateways and "second-port.yaml" in way
+        assert ways_to(name) == ({"otlp/gateway"} if behind_second else doors - {"otlp/gateway"}), name
+    assert len(to_gateways) == (6 if "gateways.yaml" in way else 3)
+    for name, pipeline in to_gateways.items():
+        number = "2" if name.endswith("_2") else "1"
+        shared = [f"filter/gateway_{number}"] if "gateways.yaml" in way else []
+        assert pipeline["processors"] == ["filter/runs", *shared], name
+    if "tenants.yaml" in way:
+        for name in pipelines.keys() - into - to_gateways.keys():
+            tenant = "b" if name.endswith("_b") else "a"
+            assert pipelines[name]["processors"][0] == f"filter/tenant_{tenant}"
+            (exporter,) = pipelines[name]["exporters"]
+            # (Values are not printed.)
+            assert list(merged(way)["exporters"][exporter]["headers"].values()) == [tenant]
+            assert [each["name"].lower() for each in config["exporters"][exporter]["headers"]] == ["x-scope-orgid"]
+    for door in doors - {"kafka"}:
+        for protocol in config["receivers"][door]["protocols"].values():
+            guarded = "auth-tls.yaml" in way
+            assert (protocol.get("auth") is not None) == (protocol.get("tls") is not None) == guarded
+    for pipeline in to_gateways.values():
+        (exporter,) = pipeline["exporters"]
+        given = config["exporters"][exporter]
+        assert bool(given.get("auth")) != bool(given.get("headers"))
+        assert bool(given.get("auth")) == ("auth-tls.yaml" in way)
 
 
 def test_every_file_of_the_folder_is_checked_here() -> None:
@@ -113,10 +200,9 @@ def test_a_run_beside_the_collector_takes_none_of_its_names_for_a_misspelt_setti
     assert len(names) > 25
     known = {setting.env for setting in SETTINGS}
     resolve({}, {}, environ=dict.fromkeys(names - known, "x"), cwd=tmp_path, argv=("train.py",))
-    readme = (CONFIG / "README.md").read_text()
     for path in all_files():
         for name in re.findall(r"\$\{env:(TRACELET_\w+)", path.read_text()):
-            assert name in readme or f"`{name[name.rindex('_') :]}`" in readme, name
+            assert name in README or f"`{name[name.rindex('_') :]}`" in README, name
 
 
 @pytest.mark.parametrize("way", WAYS, ids="+".join)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import signal
+import socket
 import ssl
 import threading
 import urllib.error
@@ -12,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from tests.otlp_batches import points
@@ -117,6 +120,29 @@ def test_no_request_mixes_two_tenants_and_a_stopped_server_holds_up_its_own_alon
             assert server.count("tracelet_iteration") == 2_000
 
 
+@pytest.mark.parametrize(
+    "files", [("second-port.yaml", "gateways.yaml"), ("gateways.yaml", "second-port.yaml")], ids="+".join
+)
+def test_behind_a_second_port_each_run_goes_to_exactly_one_gateway_too(tmp_path: Path, files: tuple[str, ...]) -> None:
+    runs = [Sender(f"run-{number}") for number in range(16)]
+    batch = made(100, "loss", start=now_ns(MINUTE))
+    with (
+        HttpSink() as first,
+        HttpSink() as second,
+        Collector(
+            tmp_path / "collector", "collector.yaml", *files, gateway=first.url, TRACELET_GATEWAY_2_URL=second.url
+        ) as collector,
+    ):
+        for run in runs:
+            assert send(collector.http, run.bodies(batch)) == [200]  # for Prometheus alone
+            assert send(collector.second, run.bodies(batch)) == [200]
+        until(lambda: len(first.points()) + len(second.points()) == len(runs) * len(batch))
+        for run in runs:
+            mine = hashlib.sha256(run.run_id.encode()).hexdigest()[0] in "01234567"
+            assert stored_points(first if mine else second, run.run_id) == as_sent(batch)
+            assert not stored_points(second if mine else first, run.run_id)
+
+
 def test_each_run_goes_to_exactly_one_gateway_and_a_dead_one_holds_up_only_its_own(tmp_path: Path) -> None:
     runs = [Sender(f"run-{number}") for number in range(60)]
     first_digit = {run.run_id: hashlib.sha256(run.run_id.encode()).hexdigest()[0] for run in runs}
@@ -220,6 +246,84 @@ def test_a_wrong_token_is_401_and_each_listed_one_is_taken(tmp_path: Path) -> No
     assert b"name of tls" in held  # what was sent passed through these files
     assert b"-token" not in held
     assert b"for-the-gateway" not in held
+
+
+@pytest.mark.parametrize(
+    "files",
+    [("auth-tls.yaml",), ("second-port.yaml", "auth-tls.yaml"), ("auth-tls.yaml", "second-port.yaml")],
+    ids="+".join,
+)
+def test_every_open_port_asks_for_a_token_and_tls(tmp_path: Path, files: tuple[str, ...]) -> None:
+    public, key = certificate(tmp_path)
+    tokens, mine = tmp_path / "tokens", tmp_path / "gateway-token"
+    tokens.write_text("sesame\n")
+    mine.write_text("for-the-gateway\n")
+    context = ssl.create_default_context(cafile=str(public))
+    (body,) = Sender("doors").bodies(made(10, "loss", start=now_ns()))
+    with (
+        HttpSink() as gateway,
+        Collector(
+            tmp_path / "collector",
+            "collector.yaml",
+            *files,
+            gateway=gateway.url,
+            TRACELET_TOKENS_FILE=str(tokens),
+            TRACELET_GATEWAY_TOKEN_FILE=str(mine),
+            TRACELET_TLS_CERT=str(public),
+            TRACELET_TLS_KEY=str(key),
+        ) as collector,
+    ):
+        both = "second-port.yaml" in files
+        for address in (collector.http, collector.second):
+            port = int(address.rpartition(":")[2])
+            if address is collector.second and not both:
+                with socket.socket() as asked:
+                    assert asked.connect_ex(("127.0.0.1", port)) != 0
+                continue
+            assert not taken_in_clear(address, body)
+            for token, status in ((None, 401), ("wrong", 401), ("sesame", 200)):
+                given = {"Content-Type": "application/x-protobuf"} | (bearer(token) if token else {})
+                asking = http.client.HTTPSConnection("localhost", port, context=context, timeout=10)
+                asking.request("POST", "/v1/metrics", body, given)
+                assert asking.getresponse().status == status
+                asking.close()
+        for address in (collector.grpc, collector.second_grpc)[: 1 + both]:
+            seen = [
+                over_grpc(address, body, root, token)
+                for root, token in ((None, "sesame"), (public, None), (public, "wrong"), (public, "sesame"))
+            ]
+            no = grpc.StatusCode.UNAUTHENTICATED
+            assert seen == [grpc.StatusCode.UNAVAILABLE, no, no, grpc.StatusCode.OK]
+        until(lambda: len(gateway.stored) == 2)
+        assert {each.headers["authorization"] for each in gateway.stored} == {"Bearer for-the-gateway"}
+
+
+def taken_in_clear(address: str, body: bytes) -> bool:
+    try:
+        return send(address, [body], Authorization="Bearer sesame") != [400]
+    except ConnectionError:
+        return False
+
+
+def bearer(token: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"}
+
+
+def over_grpc(address: str, body: bytes, root: Path | None, token: str | None) -> grpc.StatusCode:
+    """The status of one request, by TLS with this certificate or in clear."""
+    at = address.replace("127.0.0.1", "localhost")
+    channel = (
+        grpc.insecure_channel(at)
+        if root is None
+        else grpc.secure_channel(at, grpc.ssl_channel_credentials(root.read_bytes()))
+    )
+    with channel:
+        call = channel.unary_unary("/opentelemetry.proto.collector.metrics.v1.MetricsService/Export")
+        try:
+            call(body, timeout=10, metadata=[("authorization", f"Bearer {token}")] if token else [])
+        except grpc.RpcError as error:
+            return error.code()  # type: ignore[attr-defined,no-any-return]
+        return grpc.StatusCode.OK
 
 
 def test_the_older_names_do_the_same(tmp_path: Path) -> None:
