@@ -1,5 +1,5 @@
 # The image of docker-compose.yml's own two services, the gateway and MLflow's server.
-FROM python:3.13-slim
+FROM python:3.13.15-slim
 
 # The same user id as the other images; its folders exist, so that new volumes get this owner.
 RUN useradd --uid 10001 --create-home tracelet \

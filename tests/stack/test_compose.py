@@ -27,14 +27,18 @@ def composed() -> dict[str, Any]:
     return config()
 
 
-def config(*more: str) -> dict[str, Any]:
-    words = [str(program("compose")), "--project-directory", str(REPOSITORY), *more, "config", "--format", "json"]
+def config() -> dict[str, Any]:
+    return dict(json.loads(said("config", "--format", "json")))
+
+
+def said(*words: str) -> str:
+    words = (str(program("compose")), "--project-directory", str(REPOSITORY), *words)
     done = subprocess.run(
         words, capture_output=True, text=True, check=False, timeout=60, env={"PATH": "/usr/bin:/bin"}, cwd=REPOSITORY
     )
     assert done.returncode == 0, done.stderr
     assert "variable is not set" not in done.stderr, done.stderr
-    return dict(json.loads(done.stdout))
+    return done.stdout
 
 
 def env_file() -> dict[str, str]:
@@ -85,6 +89,27 @@ def test_images_are_pinned_and_of_the_versions_that_are_tested(composed: dict[st
     assert images["grafana"].rpartition(":")[2] == stack_programs.PROGRAMS["grafana-schema"].version
     packages = json.loads((REPOSITORY / "stack" / "grafana-schema" / "package.json").read_text())
     assert packages["dependencies"]["@grafana/schema"] == stack_programs.PROGRAMS["grafana-schema"].version
+
+
+def test_one_service_builds_the_image_that_three_have_and_whoever_has_it_starts_after_that_one(
+    composed: dict[str, Any],
+) -> None:
+    services = composed["services"]
+    (builder,) = (name for name, service in services.items() if "build" in service)
+    sharing = {name for name, service in services.items() if service["image"] == services[builder]["image"]}
+    assert sharing == {builder, "mlflow", "gateway"}
+    # No registry is asked for an image of this name.
+    assert {services[name]["pull_policy"] for name in sharing} == {"never"}
+
+    def before(name: str) -> set[str]:
+        asked = set(services[name].get("depends_on", {}))
+        return asked.union(*map(before, asked))
+
+    for name in sharing - {builder}:
+        # Also when it is started alone: `docker compose up mlflow` takes what it depends on.
+        assert builder in before(name), name
+    printed = json.loads(said("build", "--print"))
+    assert list(printed["target"]) == [builder]
 
 
 def test_every_service_is_asked_for_its_health_by_itself_or_by_the_gateway(composed: dict[str, Any]) -> None:
@@ -252,7 +277,8 @@ def dockerfile() -> list[tuple[str, str]]:
 
 def test_the_image_runs_as_a_user_without_rights_whose_folders_exist(composed: dict[str, Any]) -> None:
     steps = dockerfile()
-    assert steps[0] == ("FROM", "python:3.13-slim")
+    assert steps[0][0] == "FROM"
+    assert re.fullmatch(r"python:3\.13\.\d+-slim", steps[0][1])  # to the patch release: what is built stays the same
     assert ("USER", "tracelet") in steps
     made = next(text for word, text in steps if word == "RUN" and "useradd" in text)
     for name in ("mlflow", "gateway"):
