@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import time
-import urllib.parse
-import urllib.request
 from pathlib import Path
 from typing import Any
 
 from tests.sinks import HttpSink, attributes, until
-from tests.stack.collectors import CONFIG, Collector, Process, Prometheus, free_ports
-from tests.stack.harness import program
+from tests.stack.collectors import Collector, Prometheus
+from tests.stack.loki_server import Loki
 from tracelet import OTLP, Experiment, ExperimentConfig
 from tracelet.otlp import semconv
 
@@ -28,29 +24,6 @@ ADDED = [
     *(f"k8s.pod.{each}" for each in ("ip", "hostname", "start_time", "label.app", "label.team", "annotation.note")),
     *("container.id", "container.image.name", "container.image.tag", "cloud.provider", "cloud.region"),
 ]
-
-
-class Loki(Process):
-    """Loki with the file of collector-config/loki/."""
-
-    def __init__(self, folder: Path) -> None:
-        http, grpc = free_ports(2)
-        self.at = f"http://127.0.0.1:{http}"
-        environ = {
-            "TRACELET_LOKI_HOST": "127.0.0.1",
-            "TRACELET_LOKI_PORT": str(http),
-            "TRACELET_LOKI_GRPC_PORT": str(grpc),
-            "TRACELET_LOKI_DIR": str(folder / "data"),
-            "PATH": os.environ.get("PATH", ""),
-        }
-        argv = [str(program("loki")), f"-config.file={CONFIG / 'loki/loki.yaml'}", "-config.expand-env=true"]
-        super().__init__(folder, "loki", argv, environ, f"{self.at}/ready")
-
-    def count(self, query: str) -> int:
-        asked = urllib.parse.urlencode({"query": f"sum(count_over_time({query}[1h]))", "time": f"{time.time():.0f}"})
-        with urllib.request.urlopen(f"{self.at}/loki/api/v1/query?{asked}", timeout=30) as answer:
-            result = json.load(answer)["data"]["result"]
-        return int(float(result[0]["value"][1])) if result else 0
 
 
 def adding(attributes_: list[str]) -> str:
