@@ -266,6 +266,14 @@ def test_the_manifest_has_every_component_that_the_files_use() -> None:
     assert set(re.findall(r" v0\.(\d+)\.0", modules)) == {"158"}
 
 
+def test_every_place_names_the_same_release_from_which_the_newer_names_are_known() -> None:
+    # otlp_http and otlp_grpc came with 0.144, metric_conditions and its like with 0.146: the later of the two counts.
+    pages = [CONFIG / "README.md", CONFIG.parent / "docs" / "guide" / "collector.md", *all_files()]
+    told = [v for page in pages for v in re.findall(r"(?:before|older than) (0\.14\d)", page.read_text())]
+    assert len(told) >= 4
+    assert set(told) == {"0.146"}
+
+
 def test_the_older_names_are_the_same_file_but_for_the_names() -> None:
     newer, older = merged(("collector.yaml",)), merged(("legacy-names.yaml",))
     told: dict[str, Any] = yaml.safe_load(
