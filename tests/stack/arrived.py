@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from tests.stack.harness import Stack, wait_until
+from tests.stack.harness import Backends, wait_until
 from tests.stack.training import KEYS, value_of
 
 
-def count_in_prometheus(stack: Stack, run_id: str) -> int:
+def count_in_prometheus(stack: Backends, run_id: str) -> int:
     """How many samples of a run's own metrics are stored."""
     found = stack.samples(f'{{__name__=~"ml_.+",tracelet_run_id="{run_id}"}}')
     return sum(len(samples) for _, samples in found)
 
 
-def all_in_prometheus(stack: Stack, run_id: str, points: int, within_s: float = 180.0) -> None:
+def all_in_prometheus(stack: Backends, run_id: str, points: int, within_s: float = 180.0) -> None:
     """Every point is there, none twice; each has beside it, at the same millisecond, the iteration it was logged at."""
     wait_until(
         lambda: count_in_prometheus(stack, run_id) >= points,
@@ -32,7 +32,7 @@ def all_in_prometheus(stack: Stack, run_id: str, points: int, within_s: float = 
         ]
 
 
-def all_in_mlflow(stack: Stack, run_id: str, points: int, within_s: float = 180.0) -> None:
+def all_in_mlflow(stack: Backends, run_id: str, points: int, within_s: float = 180.0) -> None:
     """Every point is there with its step, none twice, in a run that has ended."""
     run = stack.mlflow_run(run_id, within_s, status="FINISHED")["info"]["run_id"]
     for key in KEYS:
@@ -44,3 +44,15 @@ def all_in_mlflow(stack: Stack, run_id: str, points: int, within_s: float = 180.
         )
         rows = stack.mlflow_history(run, key)
         assert [(step, value) for step, _, value in rows] == wanted
+
+
+def all_in_both(stack: Backends, run_id: str, points: int, within_s: float = 180.0) -> None:
+    """Every point is in both, at the same millisecond: a person who looks at one finds it in the other."""
+    all_in_prometheus(stack, run_id, points, within_s)
+    all_in_mlflow(stack, run_id, points, within_s)
+    run = stack.mlflow_run(run_id)["info"]["run_id"]
+    for key in KEYS:
+        labels = f'tracelet_metric_key="{key}",tracelet_run_id="{run_id}"'
+        ((_, iterations),) = stack.samples(f"tracelet_iteration{{{labels}}}")
+        rows = stack.mlflow_history(run, key)
+        assert [(at, step) for step, at, _ in rows] == [(at, int(step)) for at, step in iterations]

@@ -64,7 +64,75 @@ def lacking(reason: str) -> None:
     pytest.skip(reason)
 
 
-class Stack:
+class Backends:
+    """A Prometheus and an MLflow server, by their addresses: asked what has arrived."""
+
+    def __init__(self, prometheus: str, mlflow: str) -> None:
+        self.prometheus, self.mlflow = prometheus, mlflow
+
+    # ---- what Prometheus has
+
+    def query(self, promql: str, at: float | None = None) -> list[dict[str, Any]]:
+        """The result of an instant query, as Prometheus gives it: `metric` and `value` of each series."""
+        found = self._prometheus("query", {"query": promql, **({} if at is None else {"time": f"{at:.3f}"})})
+        return list(found["result"])
+
+    def query_range(self, promql: str, start: float, end: float, step: float) -> list[dict[str, Any]]:
+        """The result of a range query: `metric` and `values` of each series."""
+        asked = {"query": promql, "start": f"{start:.3f}", "end": f"{end:.3f}", "step": f"{step:.3f}"}
+        return list(self._prometheus("query_range", asked)["result"])
+
+    def samples(self, selector: str, window: str = "10d", at: float | None = None) -> list[tuple[Series, list[Sample]]]:
+        """Each series of a selector with every stored sample of the window: exact milliseconds, no steps."""
+        found = self.query(f"{selector}[{window}]", time.time() + 900 if at is None else at)
+        return [(s["metric"], [(round(float(t) * 1000), float(v)) for t, v in s["values"]]) for s in found]
+
+    def _prometheus(self, call: str, asked: Mapping[str, str]) -> Any:
+        answer = ask(f"{self.prometheus}/api/v1/{call}", urlencode(asked).encode())
+        assert answer["status"] == "success", answer
+        return answer["data"]
+
+    # ---- what MLflow has (`tests.servers.run_of` and `get_run` take a Stack too)
+
+    def ask(self, call: str, body: Mapping[str, Any] | None = None) -> Any:
+        """The answer of MLflow's REST API; errors raise."""
+        data = None if body is None else json.dumps(body).encode()
+        return ask(f"{self.mlflow}/api/2.0/mlflow/{call}", data, "application/json")
+
+    def mlflow_run(self, run_id: str, within_s: float = 60.0, status: str | None = None) -> dict[str, Any]:
+        """MLflow's run of a tracelet run id (with that status), as soon as it is there; a dict as of the REST API."""
+        found: list[dict[str, Any]] = []
+
+        def there() -> bool:
+            experiments = self.ask("experiments/search", {"max_results": 1000}).get("experiments", [])
+            wanted = {
+                "experiment_ids": [e["experiment_id"] for e in experiments],
+                "filter": f"tags.`tracelet.run.id` = '{run_id}'",
+                "max_results": 10,
+            }
+            found[:] = self.ask("runs/search", wanted).get("runs", []) if experiments else []
+            return any(status in (None, run["info"]["status"]) for run in found)
+
+        wait_until(there, within_s, lambda: f"no run {run_id} with status {status} in MLflow: {found}")
+        assert len(found) == 1, f"{len(found)} runs of MLflow for one: {[run['info'] for run in found]}"
+        return found[0]
+
+    def mlflow_history(self, run_id: str, key: str) -> list[tuple[int, int, float]]:
+        """All rows of a metric of MLflow's run: step, milliseconds, value, sorted."""
+        rows: list[tuple[int, int, float]] = []
+        token = ""
+        while True:
+            asked = {"run_id": run_id, "metric_key": key, "max_results": "25000"}
+            if token:
+                asked["page_token"] = token
+            page = self.ask(f"metrics/get-history?{urlencode(asked)}")
+            rows += [(int(m.get("step", 0)), int(m["timestamp"]), float(m["value"])) for m in page.get("metrics", [])]
+            token = page.get("next_page_token") or ""
+            if not token:
+                return sorted(rows)
+
+
+class Stack(Backends):
     """A running stack, from `with` to its end: real programs, real files of collector-config/.
 
     Attributes are the addresses of stack.json: `otlp_http`, `otlp_grpc`, `prometheus`, `mlflow`, `gateway`, `gateways`,
@@ -194,67 +262,6 @@ class Stack:
     def resume(self, name: str) -> None:
         """End a `pause`."""
         os.killpg(self.pid(name), signal.SIGCONT)
-
-    # ---- what Prometheus has
-
-    def query(self, promql: str, at: float | None = None) -> list[dict[str, Any]]:
-        """The result of an instant query, as Prometheus gives it: `metric` and `value` of each series."""
-        found = self._prometheus("query", {"query": promql, **({} if at is None else {"time": f"{at:.3f}"})})
-        return list(found["result"])
-
-    def query_range(self, promql: str, start: float, end: float, step: float) -> list[dict[str, Any]]:
-        """The result of a range query: `metric` and `values` of each series."""
-        asked = {"query": promql, "start": f"{start:.3f}", "end": f"{end:.3f}", "step": f"{step:.3f}"}
-        return list(self._prometheus("query_range", asked)["result"])
-
-    def samples(self, selector: str, window: str = "10d", at: float | None = None) -> list[tuple[Series, list[Sample]]]:
-        """Each series of a selector with every stored sample of the window: exact milliseconds, no steps."""
-        found = self.query(f"{selector}[{window}]", time.time() + 900 if at is None else at)
-        return [(s["metric"], [(round(float(t) * 1000), float(v)) for t, v in s["values"]]) for s in found]
-
-    def _prometheus(self, call: str, asked: Mapping[str, str]) -> Any:
-        answer = ask(f"{self.state['prometheus']}/api/v1/{call}", urlencode(asked).encode())
-        assert answer["status"] == "success", answer
-        return answer["data"]
-
-    # ---- what MLflow has (`tests.servers.run_of` and `get_run` take a Stack too)
-
-    def ask(self, call: str, body: Mapping[str, Any] | None = None) -> Any:
-        """The answer of MLflow's REST API; errors raise."""
-        data = None if body is None else json.dumps(body).encode()
-        return ask(f"{self.state['mlflow']}/api/2.0/mlflow/{call}", data, "application/json")
-
-    def mlflow_run(self, run_id: str, within_s: float = 60.0, status: str | None = None) -> dict[str, Any]:
-        """MLflow's run of a tracelet run id (with that status), as soon as it is there; a dict as of the REST API."""
-        found: list[dict[str, Any]] = []
-
-        def there() -> bool:
-            experiments = self.ask("experiments/search", {"max_results": 1000}).get("experiments", [])
-            wanted = {
-                "experiment_ids": [e["experiment_id"] for e in experiments],
-                "filter": f"tags.`tracelet.run.id` = '{run_id}'",
-                "max_results": 10,
-            }
-            found[:] = self.ask("runs/search", wanted).get("runs", []) if experiments else []
-            return any(status in (None, run["info"]["status"]) for run in found)
-
-        wait_until(there, within_s, lambda: f"no run {run_id} with status {status} in MLflow: {found}")
-        assert len(found) == 1, f"{len(found)} runs of MLflow for one: {[run['info'] for run in found]}"
-        return found[0]
-
-    def mlflow_history(self, run_id: str, key: str) -> list[tuple[int, int, float]]:
-        """All rows of a metric of MLflow's run: step, milliseconds, value, sorted."""
-        rows: list[tuple[int, int, float]] = []
-        token = ""
-        while True:
-            asked = {"run_id": run_id, "metric_key": key, "max_results": "25000"}
-            if token:
-                asked["page_token"] = token
-            page = self.ask(f"metrics/get-history?{urlencode(asked)}")
-            rows += [(int(m.get("step", 0)), int(m["timestamp"]), float(m["value"])) for m in page.get("metrics", [])]
-            token = page.get("next_page_token") or ""
-            if not token:
-                return sorted(rows)
 
 
 def ask(address: str, data: bytes | None = None, kind: str = "application/x-www-form-urlencoded") -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.stack.arrived import all_in_mlflow, all_in_prometheus
+from tests.stack.arrived import all_in_both
 from tests.stack.harness import Stack, lacking, text_of
 from tests.stack.training import train
 
@@ -43,8 +43,7 @@ def ask_database(stack: Stack, statement: str) -> list[str]:
 def test_two_gateways_write_into_one_postgres_and_every_point_is_there_once(on_postgres: Stack, tmp_path: Path) -> None:
     train(tmp_path, RUNS, POINTS, on_postgres.otlp_http)
     for run_id in RUNS:
-        all_in_mlflow(on_postgres, run_id, POINTS)
-        all_in_prometheus(on_postgres, run_id, POINTS)
+        all_in_both(on_postgres, run_id, POINTS)
     assert ask_database(on_postgres, "select count(*) from metrics") == [str(len(RUNS) * POINTS)]
     assert ask_database(on_postgres, "select count(*) from runs") == [str(len(RUNS))]
     folders = [Path(on_postgres.state["commands"][name]["folder"]) / "runs" for name in ("gateway", "gateway-2")]

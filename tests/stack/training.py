@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -56,13 +56,13 @@ def until_enough(folder: Path, run_id: str) -> Iterator[int]:
 
 @contextmanager
 def trainings(
-    folder: Path, run_ids: Iterable[str], points: int | Path, *endpoints: str
+    folder: Path, run_ids: Iterable[str], points: int | Path, *endpoints: str, environ: Mapping[str, str] | None = None
 ) -> Iterator[list[subprocess.Popen[str]]]:
     """Several of these programs at once, each a process with a spool of its own in `folder`; ended at the end."""
     running: list[subprocess.Popen[str]] = []
     try:
         for run_id in run_ids:
-            variables = {**os.environ, "TRACELET_DIR": str(folder / run_id)}
+            variables = {**os.environ, "TRACELET_DIR": str(folder / run_id), **(environ or {})}
             words = [sys.executable, __file__, run_id, str(points), *endpoints]
             running.append(
                 subprocess.Popen(words, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -74,12 +74,17 @@ def trainings(
             process.communicate()
 
 
+def finished(running: Iterable[subprocess.Popen[str]]) -> None:
+    """Wait for their ends; what they said is in the error if one fails."""
+    for process in running:
+        said, _ = process.communicate(timeout=400)
+        assert process.returncode == 0, said
+
+
 def train(folder: Path, run_ids: Iterable[str], points: int, *endpoints: str) -> None:
-    """Run them to their end; what they said is in the error if one fails."""
+    """Run them to their ends."""
     with trainings(folder, run_ids, points, *endpoints) as running:
-        for process in running:
-            said, _ = process.communicate(timeout=400)
-            assert process.returncode == 0, said
+        finished(running)
 
 
 if __name__ == "__main__":
