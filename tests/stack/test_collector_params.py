@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+from tests.gateway_process import GatewayProcess
+from tests.servers import MlflowServer, run_of
 from tests.sinks import HttpSink, attributes, until
 from tests.stack.collectors import Collector, Prometheus
 from tests.stack.loki_server import Loki
@@ -42,13 +45,17 @@ def adding(attributes_: list[str]) -> str:
     return f"yaml:{json.dumps(config)}"
 
 
-def test_5_000_params_and_one_of_100_kb_arrive_whole_and_loki_refuses_none(tmp_path: Path) -> None:
-    assert len(ADDED) == 25
+def many() -> dict[str, Any]:
+    """5,000 params, and one of 100 kB."""
     params: dict[str, Any] = {f"layer.{n}.width": n for n in range(KEYS)}
-    params["prompt"] = "".join(chr(97 + n % 26) for n in range(BIG))
+    return params | {"prompt": "".join(chr(97 + n % 26) for n in range(BIG))}
+
+
+def test_5_000_params_and_one_of_100_kb_arrive_whole_and_loki_refuses_none(tmp_path: Path, loki: Loki) -> None:
+    assert len(ADDED) == 25
+    params = many()
     with (
         HttpSink() as gateway,
-        Loki(tmp_path / "loki") as loki,
         Prometheus(tmp_path / "prometheus") as prometheus,
         Collector(
             tmp_path / "collector",
@@ -95,3 +102,34 @@ def test_5_000_params_and_one_of_100_kb_arrive_whole_and_loki_refuses_none(tmp_p
         until(lambda: prometheus.count("ml_loss") == 1)
         (series,) = prometheus.samples("ml_loss")
         assert not [label for label in series.labels if label.startswith(("k8s", "cloud", "container"))]
+
+
+def test_5_000_params_and_one_of_100_kb_are_whole_in_mlflow_behind_the_real_gateway_and_all_in_loki(
+    tmp_path: Path, loki: Loki, mlflow_server: MlflowServer
+) -> None:
+    params = many()
+    with (
+        GatewayProcess(tmp_path / "gateway", mlflow_server.uri) as gateway,
+        Collector(
+            tmp_path / "collector", "collector.yaml", adding(ADDED), gateway=gateway.http, loki=f"{loki.at}/otlp"
+        ) as collector,
+    ):
+        with Experiment("whole", ExperimentConfig(project="params-whole"), backend=OTLP(collector.http)) as exp:
+            exp.log_params(params)
+            run_id = exp.id
+        stored = run_of(mlflow_server, "whole", project="params-whole", status="FINISHED")
+        assert len(stored.data.params) == KEYS + 1
+        assert (
+            stored.data.params.items()
+            >= {name: str(value) for name, value in params.items() if name != "prompt"}.items()
+        )
+        cut = stored.data.params["prompt"]
+        assert params["prompt"].startswith(cut[:1_000])
+        (kept_at,) = re.findall(r"whole in artifact (\S+)\]$", cut)
+        (file,) = (mlflow_server.folder / "artifacts").glob(f"*/{stored.info.run_id}/artifacts/{kept_at}")
+        assert file.read_text() == params["prompt"]
+        until(lambda: collector.waiting() == 0, 30)
+        sent = collector.number("otelcol_exporter_sent_log_records", "otlp_http/loki")
+        assert sent > KEYS / semconv.EVENT_MAX_ATTRIBUTES + BIG / semconv.CHUNK_MAX_BYTES
+        assert not collector.numbers("otelcol_exporter_send_failed_log_records")
+        until(lambda: loki.count(f'{{service_name="params-whole"}} | tracelet_run_id="{run_id}"') == sent, 30)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue
 from opentelemetry.proto.logs.v1.logs_pb2 import LogRecord
 
@@ -15,13 +13,6 @@ from tests.sinks import until
 from tests.stack.collectors import CONFIG, HOUR, Collector, Sender, now_ns, send
 from tests.stack.loki_server import Loki
 from tracelet.otlp.encode import EventsLoad, resource_bytes
-
-
-@pytest.fixture(scope="module")
-def loki(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loki]:
-    """One for all: it needs 15 s to say that it is ready."""
-    with Loki(tmp_path_factory.mktemp("loki")) as running:
-        yield running
 
 
 def event(run: Sender, at: int, text: str) -> bytes:
