@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.gateway_process import GatewayProcess
 from tests.otlp_batches import points
+from tests.servers import MlflowServer, Row, rows_of
 from tests.sinks import HttpSink, until
+from tests.stack.arrived import all_in_both
 from tests.stack.collectors import (
     HOUR,
     MINUTE,
@@ -24,6 +27,8 @@ from tests.stack.collectors import (
     send,
     stored_points,
 )
+from tests.stack.harness import Backends
+from tests.stack.training import finished, trainings
 from tracelet.otlp import semconv
 from tracelet.otlp.encode import MetricsLoad, PointsLoad, resource_bytes
 from tracelet.otlp.run_metrics import end_marker, status
@@ -152,3 +157,39 @@ def test_10_000_points_a_second_in_one_series_cost_no_other(side: Side) -> None:
     until(lambda: side.prometheus.count('ml_loss{tracelet_run_id="fast"}') == 60_000, 30)
     until(lambda: stored_points(side.gateway, "fast") == as_sent(stamped) | as_sent(dense), 30)
     assert side.filtered("filter/dense") == 20_000
+
+
+def test_beside_all_of_these_a_good_run_is_whole_in_mlflow_too(tmp_path: Path, mlflow_server: MlflowServer) -> None:
+    """A real program, the real gateway; the bad runs are in MLflow as well, since only Prometheus minds."""
+    old = made(1_000, "loss", start=now_ns(8 * 24 * HOUR))
+    ahead = made(1_000, "loss", start=now_ns(-HOUR))
+    odd = points([(name, float(i), i) for i in range(20) for name in ODD], start=now_ns(MINUTE))
+    fast = made(10_000, "loss", start=now_ns(MINUTE), step=MS // 10, dense=range(10_000))
+    bad = {"bad-old": old, "bad-ahead": ahead, "bad-odd": odd, "bad-fast": fast}
+    with (
+        Prometheus(tmp_path / "prometheus") as prometheus,
+        GatewayProcess(tmp_path / "gateway", mlflow_server.uri) as gateway,
+        Collector(tmp_path / "collector", prometheus=prometheus.otlp, gateway=gateway.http) as collector,
+    ):
+        with trainings(tmp_path / "spools", ["beside-bad"], 10_000, collector.http) as running:
+            for run_id, batch in bad.items():
+                pieces = [batch.slice(at, at + 200) for at in range(0, len(batch), 200)]
+                bodies = [body for piece in pieces for body in Sender(run_id).bodies(piece)]
+                assert set(send(collector.http, bodies)) == {200}
+            finished(running)
+        backends = Backends(prometheus.at, mlflow_server.uri)
+        all_in_both(backends, "beside-bad", 10_000)
+        assert not collector.numbers("otelcol_exporter_send_failed_metric_points")
+        for run_id, batch in bad.items():
+            run = backends.mlflow_run(run_id)["info"]["run_id"]
+            until(lambda run=run, batch=batch: len(logged_rows(mlflow_server, run)) >= len(batch), 60)  # type: ignore[misc]
+            rows = logged_rows(mlflow_server, run)
+            assert len({row.key for row in rows}) == len(set(batch.names.values()))
+            assert sorted((row.step, row.value) for row in rows) == sorted(
+                zip(batch.iterations, batch.values, strict=True)
+            )
+
+
+def logged_rows(server: MlflowServer, run: str) -> list[Row]:
+    """What the run logged: without the marks of batches that overtook others on their way (several consumers)."""
+    return [row for row in rows_of(server, run) if not row.key.startswith("system/")]
