@@ -16,9 +16,12 @@ from typing import Any
 
 import grpc
 import pytest
+from opentelemetry.proto.common.v1.common_pb2 import AnyValue
+from opentelemetry.proto.logs.v1.logs_pb2 import LogRecord
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from tests.otlp_batches import points
-from tests.sinks import HttpSink, certificate, until
+from tests.sinks import GrpcSink, HttpSink, attributes, certificate, until
 from tests.stack.collectors import (
     MINUTE,
     MS,
@@ -32,6 +35,7 @@ from tests.stack.collectors import (
     send,
     stored_points,
 )
+from tracelet.otlp.encode import EventsLoad, SpansLoad, resource_bytes
 
 
 class Guarded:
@@ -118,6 +122,41 @@ def test_no_request_mixes_two_tenants_and_a_stopped_server_holds_up_its_own_alon
             runs = {series.labels["tracelet_run_id"] for series in server.samples('{tracelet_run_id!=""}')}
             assert runs == {f"run-{tenant}"}
             assert server.count("tracelet_iteration") == 2_000
+
+
+def test_logs_and_traces_of_two_tenants_are_never_in_one_request_and_never_with_the_others_header(
+    tmp_path: Path,
+) -> None:
+    """In the shipped file both tenants' Loki is one address, and so is their Tempo: the header is all that divides."""
+    tenants = {tenant: [Sender(f"run-{tenant}-{number}") for number in range(3)] for tenant in ("a", "b")}
+    with (
+        HttpSink() as loki,
+        GrpcSink() as tempo,
+        Collector(
+            tmp_path / "collector", "collector.yaml", "tenants.yaml", loki=loki.url, tempo=f"127.0.0.1:{tempo.port}"
+        ) as collector,
+    ):
+        for _ in range(10):
+            for tenant, runs in tenants.items():
+                for run in runs:
+                    event = EventsLoad(resource_bytes(run.resource), (LogRecord(time_unix_nano=now_ns()),))
+                    span = Span(trace_id=b"t" * 16, span_id=b"s" * 8, name=run.run_id)
+                    spans = SpansLoad(resource_bytes(run.resource), (span,))
+                    for load in (event, spans):
+                        said = send(collector.http, [load.encode()], signal=load.signal, X_Scope_OrgID=tenant)
+                        assert said == [200]
+        # Of no tenant, or an unknown one: in nobody's.
+        stray = EventsLoad(resource_bytes(Sender("run-c").resource), (LogRecord(time_unix_nano=now_ns()),)).encode()
+        assert send(collector.http, [stray], signal="logs") == [200]
+        assert send(collector.http, [stray], signal="logs", X_Scope_OrgID="c") == [200]
+        until(lambda: len(loki.events()) == len(tempo.spans()) == 10 * 6)
+        until(lambda: collector.waiting() == 0)
+        assert len(loki.events()) == len(tempo.spans()) == 10 * 6
+        for sink, part in ((loki, "resource_logs"), (tempo, "resource_spans")):
+            for received in sink.stored:
+                named = {attributes(each.resource)["tracelet.run.id"] for each in getattr(received.message, part)}
+                tenant = received.headers["x-scope-orgid"]
+                assert named <= {run.run_id for run in tenants[tenant]}
 
 
 @pytest.mark.parametrize(
@@ -360,11 +399,6 @@ def test_the_older_names_do_the_same(tmp_path: Path) -> None:
 def test_events_older_than_lokis_limit_are_left_out_of_loki_alone_and_counted(
     tmp_path: Path, files: tuple[str, ...]
 ) -> None:
-    from opentelemetry.proto.common.v1.common_pb2 import AnyValue
-    from opentelemetry.proto.logs.v1.logs_pb2 import LogRecord
-
-    from tracelet.otlp.encode import EventsLoad, resource_bytes
-
     old, young = now_ns(144 * 60 * MINUTE), now_ns()
     records = [
         LogRecord(time_unix_nano=old, body=AnyValue(string_value="old")),
