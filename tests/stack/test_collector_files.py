@@ -266,6 +266,20 @@ def test_the_manifest_has_every_component_that_the_files_use() -> None:
     assert set(re.findall(r" v0\.(\d+)\.0", modules)) == {"158"}
 
 
+def test_what_the_manifest_has_beyond_the_files_is_as_many_as_it_says() -> None:
+    text = (CONFIG / "builder-manifest.yaml").read_text()
+    used = {
+        name.partition("/")[0].replace("_", "")
+        for way in WAYS
+        for kind in ("extensions", "receivers", "processors", "exporters", "connectors")
+        for name in merged(way).get(kind, {})
+    } | {"otlphttp"}
+    parts = re.findall(r"/(\w+?)(?:extension|receiver|processor|exporter|connector)? v0\.", text)
+    more = [part for part in parts if part not in used]
+    assert sorted(more) == ["debug", "file", "headerssetter", "nop", "otlpjsonfile"]
+    assert "five\n# more" in text
+
+
 def test_every_place_names_the_same_release_from_which_the_newer_names_are_known() -> None:
     # otlp_http and otlp_grpc came with 0.144, metric_conditions and its like with 0.146: the later of the two counts.
     pages = [CONFIG / "README.md", CONFIG.parent / "docs" / "guide" / "collector.md", *all_files()]
