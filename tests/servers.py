@@ -175,7 +175,7 @@ def rows_of(server: MlflowServer, run_id: str, key: str | None = None) -> list[R
             " order by rowid",
             [run_id, key, key],
         ).fetchall()
-    return [Row(*row[:4], bool(row[4])) for row in found]
+    return [Row(key, value, timestamp, step, bool(is_nan)) for key, value, timestamp, step, is_nan in found]
 
 
 def get_run(server: MlflowServer, run_id: str) -> Run:
