@@ -47,6 +47,10 @@ class Guard:
         self._logged_at: dict[str, float] = {}
         self._lock = threading.RLock()
 
+    def after_fork_in_child(self) -> None:
+        """Renew the lock: a thread of the parent may have held it, and in the child nobody would ever let it go."""
+        self._lock = threading.RLock()
+
     @contextmanager
     def __call__(self, doing: str) -> Iterator[None]:
         """Run the block; a `TraceletError` passes (it is meant for the caller), anything else is counted."""

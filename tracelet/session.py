@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Mapping
 
+from tracelet.core import process
 from tracelet.core.experiment import Experiment, ExperimentConfig
 from tracelet.guard import logger
 
@@ -14,6 +15,14 @@ __all__ = ["get_active_experiment", "start_logging", "stop_logging"]
 _active: Experiment | None = None
 # Re-entrant: a signal handler that calls stop_logging() may interrupt a start_logging() of its own thread.
 _lock = threading.RLock()
+
+
+def _after_fork_in_child() -> None:
+    global _lock
+    _lock = threading.RLock()  # a thread of the parent may have held it
+
+
+process.renew_after_fork(_after_fork_in_child)
 
 
 def start_logging(

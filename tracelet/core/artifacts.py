@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import time_ns
 
+from tracelet.core import process
 from tracelet.errors import FileMissing, InvalidValue, SpoolError, SpoolFull
 from tracelet.guard import Guard, logger
 from tracelet.records import ArtifactLogged
@@ -35,6 +36,7 @@ _CHUNK = 1 << 20
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 _once = Guard(interval_s=math.inf)
+process.renew_after_fork(_once.after_fork_in_child)
 
 
 @dataclass(frozen=True, slots=True)

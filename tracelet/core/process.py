@@ -19,7 +19,7 @@ from typing import Any, Protocol, cast
 from tracelet.guard import guard, logger
 from tracelet.records import FAILED, FINISHED, KILLED, ErrorInfo
 
-__all__ = ["Ending", "Member", "describe", "ending_of", "enter", "leave", "starting"]
+__all__ = ["Ending", "Member", "describe", "ending_of", "enter", "leave", "renew_after_fork", "starting"]
 
 
 class Ending:
@@ -42,6 +42,7 @@ class Member(Protocol):
 
 
 _members: list[Member] = []
+_renewals: list[Callable[[], None]] = [guard.after_fork_in_child]  # of locks that a fork may have caught held
 _lock = threading.RLock()
 _exit_code: int | None = None  # of the last sys.exit nobody caught
 _exits = 0  # how many there were; tells an exit from the one after it
@@ -55,6 +56,11 @@ def starting() -> threading.RLock:
     """The lock under which a run starts, so that threads which log first at once start one run; follows a fork."""
     _set_hooks()
     return _lock
+
+
+def renew_after_fork(renew: Callable[[], None]) -> None:
+    """Have `renew` called in every forked child, once a run has started in this process; it may only make a lock."""
+    _renewals.append(renew)
 
 
 def enter(member: Member, *, drain_on_sigterm: bool) -> None:
@@ -124,6 +130,8 @@ def _after_fork_in_child() -> None:
     global _lock
     # A thread of the parent may have held it at the fork; in the child nobody would ever let it go.
     _lock = threading.RLock()
+    for renew in _renewals:  # first: what follows may have to say something
+        renew()
     for member in _members:
         with guard("follow a fork"):
             member.forked()
