@@ -47,6 +47,16 @@ def test_the_bytes_are_those_of_the_call_whatever_is_written_later(folder: Path,
     assert (record.mtime_ns, record.inode) == (None, None)
 
 
+def test_copies_are_the_users_alone_whatever_the_umask(folder: Path, model: Path) -> None:
+    before = os.umask(0)
+    try:
+        (record,) = take(model, None, folder)
+    finally:
+        os.umask(before)
+    assert (folder / "artifacts").stat().st_mode & 0o777 == 0o700
+    assert (folder / str(record.stored)).stat().st_mode & 0o777 == 0o600
+
+
 def test_rewriting_in_place_does_not_reach_the_copy(folder: Path, model: Path) -> None:
     (record,) = take(model, None, folder)
     with model.open("r+b") as file:
