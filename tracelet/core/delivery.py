@@ -29,7 +29,8 @@ class Stats:
     """How many points this process logged, and how far they have come.
 
     `logged`: by this process; `shipped`: delivered to the slowest destination, for the whole run on this host;
-    `waiting`: logged and not yet shipped; `refused`: by the spool (no room) or, for good, by a destination.
+    `waiting`: logged and not yet shipped; `refused`: by the spool (no room) or, for good, by a destination; params,
+    tags, artifacts and phases count here like points.
     """
 
     logged: int

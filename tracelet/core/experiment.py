@@ -376,7 +376,11 @@ class Experiment:
     @property
     def stats(self) -> Stats:
         """How many points were logged, shipped, are waiting, were refused; see `Stats`. Reads small files."""
-        return Stats(0, 0, 0, 0) if self._run is None else self._run.delivery.stats()
+        run = self._run
+        if run is None:
+            return Stats(0, 0, 0, 0)
+        stats = run.delivery.stats()
+        return dataclasses.replace(stats, refused=stats.refused + run.refused_records)
 
     def flush(self, timeout: float | None = 30.0) -> bool:
         """Wait until all that was logged before is delivered everywhere; whether it was, within `timeout` seconds.

@@ -42,6 +42,7 @@ class Run:
         self._role = role
         self.closed = False
         self.refused_records = 0  # params, tags, spans, artifacts for which there was no room
+        self._owed: list[Record] = []  # what the run begins with, as long as there was no room for it
         self.writer = Writer(
             self.folder,
             role=role,
@@ -113,7 +114,7 @@ class Run:
         store.update_manifest(folder, lambda before: (before or fresh).with_attempt(attempt))
         run = cls(ticket, "first")
         facts = environment.take(settings.environ, settings.cwd, settings.argv)
-        run.put(
+        run._owed.append(
             RunStarted(
                 time_unix_nano=now,
                 run_name=settings.experiment_name,
@@ -123,7 +124,8 @@ class Run:
             )
         )
         if tags:
-            run.put(TagsSet(now, dict(tags)))
+            run._owed.append(TagsSet(now, dict(tags)))
+        run._put_owed()
         run.delivery.serve()
         process.enter(run, drain_on_sigterm=not run.delivery.outlived and settings.shipper != "off")
         return run
@@ -162,14 +164,36 @@ class Run:
         """
         if self.closed:
             raise self.closed_error()
-        kind, payload = codec.encode(record)
+        self._put_owed()
         try:
-            self.writer.frame(kind, payload, time.time_ns())
+            self._write(record)
         except SpoolError as error:
             # Training goes on whatever the disk does; the log line and the count are where it shows.
             self.refused_records += 1
             what = type(record).__name__
             guard.limited("write a record", "a record (%s) is lost, %d so far: %s", what, self.refused_records, error)
+
+    def _write(self, record: Record) -> None:
+        kind, payload = codec.encode(record)
+        self.writer.frame(kind, payload, time.time_ns())
+
+    def _put_owed(self) -> None:
+        """Write what the run begins with; where there is no room now, that is said, and tried again with what follows.
+
+        Without it the run would have neither name nor surroundings, however much room there is later.
+        """
+        while self._owed:
+            try:
+                record = self._owed.pop(0)
+            except IndexError:  # another thread, or a signal's handler, was quicker
+                return
+            try:
+                self._write(record)
+            except SpoolError as error:
+                self._owed.insert(0, record)
+                what = type(record).__name__
+                guard.limited("write the start of a run", "the run's first record (%s) has to wait: %s", what, error)
+                return
 
     def take_artifact(self, source: str | os.PathLike[str], path: str | None, copy: bool | None) -> None:
         """Take an artifact's bytes and write its records; no room for the copy is counted and said.
@@ -226,6 +250,8 @@ class Run:
         """Write END, let the shipper deliver as long as the promise of `stop` says, and tell what is left."""
         if self.closed:
             return
+        self._put_owed()
+        self.refused_records += len(self._owed)
         self.closed = True
         first = self._role == "first"
         record = WriterEnded(
@@ -246,6 +272,8 @@ class Run:
         """In a forked child: own files at the first record, no status, nobody to wait for."""
         self.writer.after_fork_in_child()
         self._role = "child"
+        self._owed = []
+        self.refused_records = 0
         self.delivery = Delivery(self.ticket, self.writer, first=False)
 
     def process_ends(self, ending: Ending) -> None:

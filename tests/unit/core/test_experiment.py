@@ -17,6 +17,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 
 import tracelet
+from tests.shipping import until
 from tests.spooled import folder_of, read
 from tracelet.core.experiment import Experiment, ExperimentConfig
 from tracelet.records import (
@@ -29,6 +30,7 @@ from tracelet.records import (
     WriterEnded,
     WriterOpened,
 )
+from tracelet.spool import store
 
 
 @pytest.fixture
@@ -478,6 +480,38 @@ def test_stats_count_what_was_logged(spool: Path) -> None:
         exp.log_params({"a": 1})
         stats = exp.stats
     assert (stats.logged, stats.shipped, stats.waiting, stats.refused) == (10, 0, 10, 0)
+
+
+def test_what_had_no_room_is_in_the_stats_and_a_run_begins_in_its_records_once_there_is_room(spool: Path) -> None:
+    folder = store.make_folder(store.run_folder(spool, "full"))
+    ballast = folder / "ballast"
+    ballast.write_bytes(bytes(4_000_000))
+    with Experiment("full", backend="file", run_id="full", max_bytes="4MB", tags={"team": "ml"}) as exp:
+        exp.log_params({"lost": 1})
+        exp.set_tags({"lost": "too"})
+        assert exp.stats.refused == 2
+        ballast.unlink()
+
+        def has_room() -> bool:  # its size is looked at once a second
+            before = exp.stats.refused
+            exp.log_params({"kept": 1})
+            return exp.stats.refused == before
+
+        until(has_room)
+        refused = exp.stats.refused
+    assert exp.stats.refused == refused
+    found = read(folder)
+    assert [record.run_name for record in found.of(RunStarted)] == ["full"]
+    assert {"team": "ml"} in [record.tags for record in found.of(TagsSet)]
+    assert [record.params for record in found.of(ParamsLogged)] == [{"kept": 1}]
+
+
+def test_a_run_that_never_had_room_to_begin_counts_that_too(spool: Path) -> None:
+    folder = store.make_folder(store.run_folder(spool, "full"))
+    (folder / "ballast").write_bytes(bytes(4_000_000))
+    exp = Experiment("full", backend="file", run_id="full", max_bytes="4MB", tags={"team": "ml"}).start()
+    exp.stop()
+    assert exp.stats.refused == 2
 
 
 def test_run_started_holds_mlflows_own_tags(spool: Path) -> None:
