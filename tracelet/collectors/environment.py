@@ -23,7 +23,7 @@ from tracelet.records import Scalar
 from tracelet.settings import git_root, notebook_name
 from tracelet.version import __version__
 
-__all__ = ["Git", "Surroundings", "boot_id", "host_name", "read_git", "resource", "take"]
+__all__ = ["Git", "Surroundings", "boot_id", "host_name", "notebook_shell", "read_git", "resource", "take"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,7 +324,7 @@ def _mlflow_tags(
             tags["mlflow.source.git.branch"] = git.branch
         if git.remote is not None:
             tags["mlflow.source.git.repoURL"] = git.remote
-    shell = _notebook_shell(modules)
+    shell = notebook_shell(modules)
     if shell is not None:
         tags["mlflow.source.type"] = "NOTEBOOK"
         named = getattr(shell, "user_ns", {}).get("__vsc_ipynb_file__")
@@ -342,7 +342,7 @@ def _mlflow_tags(
     return tags
 
 
-def _notebook_shell(modules: Mapping[str, object]) -> object | None:
+def notebook_shell(modules: Mapping[str, object]) -> object | None:
     """IPython's shell if this process is a notebook's kernel. Only what is imported already is asked."""
     get_ipython = getattr(modules.get("IPython"), "get_ipython", None)
     shell = get_ipython() if callable(get_ipython) else None

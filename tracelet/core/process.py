@@ -16,6 +16,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, Protocol, cast
 
+from tracelet.collectors.environment import notebook_shell
 from tracelet.guard import guard, logger
 from tracelet.records import FAILED, FINISHED, KILLED, ErrorInfo
 
@@ -194,8 +195,11 @@ def _at_exit() -> None:
 
 
 def _program_ending() -> Ending:
+    if notebook_shell(sys.modules) is not None:
+        # A kernel ends because somebody ends or restarts it, whatever its last cell came to: the work was cut off.
+        return Ending(KILLED, "exit-final")
     error = _last_exception()
-    # In a notebook or a prompt a failed cell is not the program's end.
+    # At a prompt a failed line is not the program's end.
     if error is not None and error is not _seen_before and not hasattr(sys, "ps1"):
         return ending_of(error, "exit-final")
     if _exit_code:
