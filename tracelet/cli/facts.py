@@ -173,7 +173,7 @@ def _progress(folder: Path, problem: str | None) -> tuple[Mapping[str, Destinati
 
 def newest(manifest: store.Manifest) -> store.Attempt | None:
     """The attempt that was started last: the one whose end is the run's."""
-    return max(manifest.attempts, key=lambda attempt: attempt.started_unix_nano, default=None)
+    return max(manifest.attempts, key=lambda attempt: attempt.order, default=None)
 
 
 def _state(manifest: store.Manifest | None, problem: str | None, alive: Sequence[str], *, quiet: str) -> str:

@@ -209,7 +209,7 @@ def _shipper(facts: Facts) -> str:
 
 def _attempts(manifest: store.Manifest) -> Iterator[str]:
     rows = []
-    for position, attempt in enumerate(sorted(manifest.attempts, key=lambda a: a.started_unix_nano), 1):
+    for position, attempt in enumerate(sorted(manifest.attempts, key=lambda a: a.order), 1):
         ended = attempt.ended
         words = "not decided yet"
         if ended is not None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tracelet import codec, ids
+from tracelet import codec
 from tracelet.collectors import environment
-from tracelet.core import artifacts, process, values
+from tracelet.core import artifacts, claim, process, values
 from tracelet.core.delivery import Delivery
 from tracelet.core.process import Ending
 from tracelet.core.ticket import Ticket
@@ -74,26 +73,24 @@ class Run:
             SpoolError: the folder can't be made or written, or is of an unknown format.
         """
         now = time.time_ns()
-        run_id = ids.new_run_id() if settings.run_id is None else ids.valid_run_id(settings.run_id)
-        attempt_key = ids.new_attempt_key()
-        rank = 0
-        resource = environment.resource(
-            project=settings.project,
-            experiment_name=settings.experiment_name,
-            run_id=run_id,
-            run_name=settings.experiment_name,
-            attempt_key=attempt_key,
-            rank=rank,
-            environ=settings.environ,
-        )
-        folder = store.run_folder(settings.dir, run_id)
+        place = claim.claim(settings, destinations=destinations, now=now)
+        attempt = place.attempt
         ticket = Ticket(
-            folder=str(folder),
-            run_id=run_id,
-            attempt_key=attempt_key,
-            attempt_started_unix_nano=now,
-            rank=rank,
-            resource=resource,
+            folder=str(place.folder),
+            run_id=place.run_id,
+            attempt_key=attempt.key,
+            attempt_started_unix_nano=attempt.started_unix_nano,
+            attempt_number=attempt.number,
+            rank=0,
+            resource=environment.resource(
+                project=settings.project,
+                experiment_name=settings.experiment_name,
+                run_id=place.run_id,
+                run_name=settings.experiment_name,
+                attempt_key=attempt.key,
+                rank=0,
+                environ=settings.environ,
+            ),
             destinations=destinations,
             shipper=settings.shipper,
             max_bytes=settings.max_bytes,
@@ -101,17 +98,6 @@ class Run:
             environ=settings.environ,
             secrets=secrets,
         )
-        attempt = store.Attempt(
-            key=attempt_key,
-            started_unix_nano=now,
-            pid=os.getpid(),
-            rank=rank,
-            destinations=destinations,
-            shipper=settings.shipper,
-            extra={"keep": asdict(settings.keep)},
-        )
-        fresh = store.Manifest(run_id, settings.project, settings.experiment_name, settings.experiment_name)
-        store.update_manifest(folder, lambda before: (before or fresh).with_attempt(attempt))
         run = cls(ticket, "first")
         facts = environment.take(settings.environ, settings.cwd, settings.argv)
         run._owed.append(
@@ -227,6 +213,7 @@ class Run:
                 attempt_key=ticket.attempt_key,
                 attempt_started_unix_nano=ticket.attempt_started_unix_nano,
                 resource=ticket.resource,
+                attempt_number=ticket.attempt_number,
             )
         )
 

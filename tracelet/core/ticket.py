@@ -19,6 +19,7 @@ class Ticket:
     run_id: str
     attempt_key: str
     attempt_started_unix_nano: int
+    attempt_number: int
     rank: int
     resource: Mapping[str, Scalar]
     destinations: tuple[Mapping[str, Any], ...]

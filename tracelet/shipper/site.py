@@ -113,7 +113,7 @@ class Site:
 
     def is_newest(self, attempt: Attempt) -> bool:
         """No other attempt of the run, on any host whose folder is here, began later."""
-        starts = [one.started_unix_nano for one in self.manifest.attempts]
+        others = list(self.manifest.attempts)
         for other in self.folder.parent.iterdir():
             if other == self.folder or not other.is_dir():
                 continue
@@ -121,8 +121,9 @@ class Site:
                 manifest = store.read_manifest(other)
             except SpoolError:
                 continue  # of a version we can't read; it says so where it is shipped
-            starts += [one.started_unix_nano for one in manifest.attempts] if manifest is not None else []
-        return attempt.started_unix_nano >= max(starts, default=0)
+            others += manifest.attempts if manifest is not None else ()
+        # A launch's attempt has the same key on each of its hosts.
+        return all(one.order <= attempt.order for one in others if one.key != attempt.key)
 
     @property
     def state(self) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -43,6 +43,7 @@ def _from_manifest(manifest: Manifest, attempt: Attempt) -> WriterOpened:
         rank=attempt.rank,
         attempt_key=attempt.key,
         attempt_started_unix_nano=attempt.started_unix_nano,
+        attempt_number=attempt.number,
         resource={
             "service.name": manifest.project,
             "service.namespace": "tracelet",

@@ -92,7 +92,13 @@ class Attempt:
     ended: Mapping[str, Any] | None = None
     shipper: str = "process"  # "process", "thread", "off"
     lease_until_unix_nano: int | None = None  # for other hosts; None: no lease is kept
+    number: int = 0  # 1, 2, ... by the order of starts, which a clock set back can't change; 0: not known
     extra: Mapping[str, Any] = field(default_factory=dict)  # what a newer minor version added
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """What attempts of one run are sorted by: the number, and only then the clock."""
+        return self.number, self.started_unix_nano
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +119,7 @@ class Manifest:
     def destinations(self) -> dict[str, Mapping[str, Any]]:
         """Every destination of any attempt by its id; the newest attempt's word on it stands."""
         found: dict[str, Mapping[str, Any]] = {}
-        for attempt in sorted(self.attempts, key=lambda attempt: attempt.started_unix_nano):
+        for attempt in sorted(self.attempts, key=lambda attempt: attempt.order):
             for destination in attempt.destinations:
                 found[str(destination["id"])] = destination
         return found

@@ -27,11 +27,12 @@ from tracelet.exporters.mlflow.mapping import (
     STATE_TAG,
     Plan,
     attempt_mark,
-    attempt_start,
+    attempt_order,
     changed_param_tag,
     chunk_of,
     comparable,
     is_newer,
+    is_older,
     legal_tags,
     marker_row,
     metric_rows,
@@ -131,7 +132,7 @@ class MLflowDelivery:
             # Made at a sign before its start: what a person has set meanwhile stays.
             state.tags.update((self._transport.run(state.view.run_id) or state.view).tags)
         # Not only by its start: over a wire an attempt may show itself by anything else first.
-        for part in sorted(self._batch.parts, key=lambda part: part.opened.attempt_started_unix_nano):
+        for part in sorted(self._batch.parts, key=lambda part: attempt_order(part.opened)):
             self._resume(part)
         plan = plan_of(self._batch, self._rows, state.params, state.tags)
         self._refusals.extend(plan.refusals)
@@ -197,9 +198,7 @@ class MLflowDelivery:
 
     def _resume(self, part: Part) -> None:
         """A new attempt of a known run: RUNNING again, as start_run(run_id=...) does; an old one changes nothing."""
-        known = self._state.tags.get(ATTEMPT_TAG)
-        same = (known or "").partition("-")[2] == part.opened.attempt_key
-        if same or attempt_start(known) >= part.opened.attempt_started_unix_nano:
+        if not is_older(self._state.tags.get(ATTEMPT_TAG), part.opened):
             return
         mark = attempt_mark(part.opened)
         try:

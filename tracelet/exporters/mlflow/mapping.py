@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os.path
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -25,6 +26,7 @@ from tracelet.exporters.mlflow.limits import (
 )
 from tracelet.exporters.mlflow.names import capped, encodable, file_name, legal_name, legal_path, shorten, text_of
 from tracelet.exporters.mlflow.transport import Latest, MetricRow
+from tracelet.otlp import semconv
 from tracelet.records import (
     ArtifactLogged,
     AttemptEnded,
@@ -48,12 +50,13 @@ __all__ = [
     "Plan",
     "Witness",
     "attempt_mark",
-    "attempt_start",
+    "attempt_order",
     "changed_param_tag",
     "chunk_of",
     "comparable",
     "highest",
     "is_newer",
+    "is_older",
     "legal_tags",
     "marker_row",
     "metric_rows",
@@ -63,7 +66,8 @@ __all__ = [
 ]
 
 RUN_TAG = "tracelet.run.id"
-ATTEMPT_TAG = "tracelet.run.attempt"  # start in ns, "-", key: of the newest attempt that MLflow knows
+ATTEMPT_TAG = "tracelet.run.attempt"  # of the newest attempt that MLflow knows: see attempt_mark
+_MARK = re.compile(r"(?P<start>[0-9]+)-(?P<key>.*?)(?: #(?P<number>[0-9]+) (?P<host>.*))?", re.DOTALL | re.ASCII)
 STATE_TAG = "tracelet.state"  # LOST while a gateway has heard nothing of a run for long; else there is none
 RUN_NAME_TAG = "tracelet.run.name"  # the whole name of a run or a project that is too long for MLflow
 PROJECT_TAG = "tracelet.project"
@@ -220,21 +224,42 @@ def chunk_of(pairs: Mapping[str, str], most: int) -> list[tuple[str, str]]:
 
 
 def attempt_mark(opened: WriterOpened) -> str:
-    """The value of ATTEMPT_TAG for the attempt of a writer."""
-    return f"{opened.attempt_started_unix_nano}-{opened.attempt_key}"
+    """The value of ATTEMPT_TAG for the attempt of a writer: its start and key, its number and the host that counted."""
+    mark = f"{opened.attempt_started_unix_nano}-{opened.attempt_key}"
+    host = opened.resource.get(semconv.HOST_NAME)
+    return f"{mark} #{opened.attempt_number} {host}" if opened.attempt_number and host else mark
 
 
 def is_newer(mark: str | None, opened: WriterOpened) -> bool:
-    """Whether the attempt of an ATTEMPT_TAG value came after a writer's; start times of one attempt may differ (ranks,
-    a start that was first guessed from what came), so the key decides what one attempt is."""
-    key = (mark or "").partition("-")[2]
-    return key != opened.attempt_key and attempt_start(mark) > opened.attempt_started_unix_nano
+    """Whether the attempt of an ATTEMPT_TAG value came after a writer's."""
+    return _compared(mark, opened) > 0
 
 
-def attempt_start(mark: str | None) -> int:
-    """When the attempt of an ATTEMPT_TAG value started, in nanoseconds; -1 if that can't be told."""
-    start = (mark or "").partition("-")[0]
-    return int(start) if start.isdecimal() else -1
+def is_older(mark: str | None, opened: WriterOpened) -> bool:
+    """Whether the attempt of an ATTEMPT_TAG value came before a writer's; of a value nobody knows, yes."""
+    return _compared(mark, opened) < 0
+
+
+def _compared(mark: str | None, opened: WriterOpened) -> int:
+    """-1, 0 or 1: the mark's attempt is the earlier one, the same, or the later one.
+
+    Start times of one attempt may differ (ranks, a start that was first guessed from what came), so the key decides
+    what one attempt is. Where one host has counted both, their numbers do: its clock may have been set back meanwhile.
+    """
+    found = _MARK.fullmatch(mark or "")
+    if found is None:
+        return -1
+    if found["key"] == opened.attempt_key:
+        return 0
+    known, mine = (0, int(found["start"])), (0, opened.attempt_started_unix_nano)
+    if found["host"] and found["host"] == opened.resource.get(semconv.HOST_NAME) and opened.attempt_number:
+        known, mine = (int(found["number"]), known[1]), (opened.attempt_number, mine[1])
+    return (known > mine) - (known < mine)
+
+
+def attempt_order(opened: WriterOpened) -> tuple[int, int]:
+    """What the attempts in one batch, which comes from one host, are sorted by."""
+    return opened.attempt_number, opened.attempt_started_unix_nano
 
 
 class _Planner:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tracelet.exporters.mlflow.mapping import highest
+from tracelet.exporters.mlflow.mapping import attempt_order, highest
 from tracelet.exporters.mlflow.transport import Latest, MetricRow, RunView
 from tracelet.records import Batch, Part, RunInfo, RunStarted
 
@@ -44,7 +44,7 @@ class RunState:
 def starts_in(batch: Batch) -> list[tuple[Part, RunStarted]]:
     """The attempts that begin in this batch, the earliest first."""
     found = [(part, record) for part in batch.parts for record in part.records if isinstance(record, RunStarted)]
-    return sorted(found, key=lambda start: start[0].opened.attempt_started_unix_nano)
+    return sorted(found, key=lambda start: attempt_order(start[0].opened))
 
 
 def first_sign(batch: Batch) -> int:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 
+import pytest
+
 from tests.mlflow_batches import START_NS, batch, ended, opened, points, run_info, started
 from tracelet.exporters.mlflow.mapping import (
     attempt_mark,
-    attempt_start,
     comparable,
     highest,
+    is_newer,
+    is_older,
     marker_row,
     metric_rows,
     plan_of,
     witness_of,
 )
 from tracelet.exporters.mlflow.rest import metrics_json
-from tracelet.records import Batch, ErrorInfo, ParamsLogged, Part, StateNoted, TagsSet
+from tracelet.records import Batch, ErrorInfo, ParamsLogged, Part, StateNoted, TagsSet, WriterOpened
 
 RUN = run_info("r")
 MS = START_NS // 1_000_000
@@ -106,10 +109,35 @@ def test_an_error_becomes_tags_and_a_long_stacktrace_an_artifact() -> None:
     assert list(plan.texts.values()) == ["trace\n" * 5000]
 
 
-def test_the_newest_attempt_is_told_by_its_start() -> None:
-    mark = attempt_mark(opened("f" * 16, 12345))
-    assert (mark, attempt_start(mark)) == ("12345-ffffffffffffffff", 12345)
-    assert attempt_start(None) == attempt_start("somebody's own tag") == -1
+def numbered(key: str, start: int, number: int, host: str = "gpu-1") -> WriterOpened:
+    return opened(key * 16, start, attempt_number=number, resource={"host.name": host})
+
+
+@pytest.mark.parametrize(
+    ("earlier", "later"),
+    [
+        (opened("a" * 16, 1), opened("b" * 16, 2)),
+        (numbered("a", 1, 1), numbered("b", 2, 2)),
+        (numbered("a", 2, 1), numbered("b", 1, 2)),  # the clock was set back in between
+        (numbered("a", 1, 7), numbered("b", 2, 1, "gpu-2")),  # each host counts for itself
+        (numbered("a", 1, 7), opened("b" * 16, 2)),  # an older release, or over the wire
+        (opened("a-b", 1), numbered("b", 2, 1)),
+    ],
+)
+def test_the_newest_attempt_is_told_by_its_number_and_where_nobody_counted_by_its_start(
+    earlier: WriterOpened, later: WriterOpened
+) -> None:
+    assert is_older(attempt_mark(earlier), later)
+    assert is_newer(attempt_mark(later), earlier)
+    for one in (earlier, later):
+        assert not is_older(attempt_mark(one), one)
+        assert not is_newer(attempt_mark(one), one)
+
+
+@pytest.mark.parametrize("mark", [None, "", "somebody's own tag"])
+def test_a_mark_nobody_knows_is_older_than_any_attempt(mark: str | None) -> None:
+    assert is_older(mark, opened())
+    assert not is_newer(mark, opened())
 
 
 def test_a_request_quotes_keys_and_writes_doubles_exactly() -> None:
