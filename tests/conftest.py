@@ -17,8 +17,18 @@ if TYPE_CHECKING:
     from tests.servers import MlflowServer
     from tests.sinks import HttpSink
 
-PREFIXES = ("TRACELET_", "OTEL_", "MLFLOW_", "SLURM_", "PBS_", "LSB_", "TORCHELASTIC_")
-NAMES = ("TRACEPARENT", "TRACESTATE", "BAGGAGE", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+PREFIXES = ("TRACELET_", "OTEL_", "MLFLOW_", "SLURM_", "PBS_", "LSB_", "TORCHELASTIC_", "RAY_")
+NAMES = (
+    "TRACEPARENT",
+    "TRACESTATE",
+    "BAGGAGE",
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 
 
 @pytest.fixture(autouse=True)

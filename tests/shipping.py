@@ -43,10 +43,14 @@ def add_attempt(
     return attempt
 
 
-def open_writer(folder: Path, attempt: store.Attempt, role: str = "first", **options: Any) -> Writer:
-    """A writer of this process for the attempt."""
+def open_writer(
+    folder: Path, attempt: store.Attempt, role: str = "first", opened: WriterOpened | None = None, **options: Any
+) -> Writer:
+    """A writer of this process for the attempt; `opened` is what it says of itself, where that matters."""
 
     def opening(actual: str) -> tuple[int, bytes]:
+        if opened is not None:
+            return codec.encode(opened)
         instance = ids.instance_id("run", attempt.key, 0)
         resource = {"service.name": "project", "service.instance.id": instance, "tracelet.run.id": "run"}
         return codec.encode(

@@ -7,13 +7,17 @@ name them without asking: training code, the shipper, another rank, and `tracele
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import secrets
 import uuid
+from collections.abc import Sequence
 
 from tracelet.errors import ConfigError
 
 __all__ = [
+    "derived_attempt_key",
+    "derived_run_id",
     "instance_id",
     "new_attempt_key",
     "new_run_id",
@@ -26,12 +30,27 @@ __all__ = [
 
 # The namespace that OpenTelemetry's resource conventions give for derived service.instance.id values.
 _INSTANCE_NAMESPACE = uuid.UUID("4d63009a-8d0f-11ee-aad7-4c796ed8e320")
+_RUN_NAMESPACE = uuid.UUID("0f3c1b0e-6d0c-5b7e-9c1f-1f1a1d5f7a52")
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 def new_run_id() -> str:
     """A new random run id: 32 hexadecimal digits."""
     return uuid.uuid4().hex
+
+
+def derived_run_id(facts: Sequence[object]) -> str:
+    """The id of the run that these facts name, a UUID of version 5: 32 hexadecimal digits, the same for the same facts.
+
+    For processes that share a run and can't speak with one another; the facts have to differ between any two launches.
+    """
+    return uuid.uuid5(_RUN_NAMESPACE, json.dumps(list(facts), separators=(",", ":"))).hex
+
+
+def derived_attempt_key(run_id: str, facts: Sequence[object]) -> str:
+    """The key of the attempt of a run that these facts name: 16 hexadecimal digits, as `new_attempt_key` gives."""
+    text = json.dumps(["attempt", run_id, *facts], separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def valid_run_id(text: str) -> str:

@@ -38,6 +38,7 @@ def start_logging(
     shipper: str | None = None,
     keep: str | None = None,
     max_bytes: int | str | None = None,
+    ranks: str | None = None,
     grace: float | str | None = None,
 ) -> Experiment:
     """Start a run and make it the program's active one; a run that is still active is ended first, with a warning.
@@ -70,6 +71,7 @@ def start_logging(
         shipper=shipper,
         keep=keep,
         max_bytes=max_bytes,
+        ranks=ranks,
         grace=grace,
     )
     with _lock:

@@ -54,6 +54,7 @@ class Settings:
     shipper: str  # "process", "thread" or "off"
     keep: Keep
     max_bytes: int | None
+    ranks: str  # "zero", "all", "separate"
     grace_s: float
     otlp_headers_file: Path | None  # of the destination otlp
     prometheus_url: str | None  # of the destination prometheus
@@ -176,6 +177,12 @@ def _parse_shipper(value: object) -> str:
     return str(value)
 
 
+def _parse_ranks(value: object) -> str:
+    if value not in ("zero", "all", "separate"):
+        raise ValueError("zero, all or separate")
+    return str(value)
+
+
 def _as_given(value: object) -> object:
     return value
 
@@ -250,6 +257,14 @@ SETTINGS: tuple[Setting, ...] = (
         parse_size,
         "no limit",
         "The most bytes a run's spool folder may hold; beyond it new records are refused and counted.",
+    ),
+    Setting(
+        "ranks",
+        "TRACELET_RANKS",
+        _parse_ranks,
+        "`zero`",
+        "Of a launch of several processes (torchrun, srun): `zero` logs what rank 0 logs, `all` what every rank does,"
+        " and with `separate` each process is a run of its own.",
     ),
     Setting(
         "grace",
@@ -524,6 +539,7 @@ def _defaults(environ: Mapping[str, str], cwd: Path, argv: Sequence[str]) -> dic
         "shipper": ("process", "default"),
         "keep": (Keep(), "default"),
         "max_bytes": (None, "default"),
+        "ranks": ("zero", "default"),
         "grace": (25.0, "default"),
         "otlp_headers_file": (None, "default"),
         "prometheus_url": (None, "default"),

@@ -1,15 +1,16 @@
-"""Claims a start's place in its run: the attempt it is, written into the folder's manifest."""
+"""Claims a start's place: which run it is, which attempt of it, which rank; written into the folder's manifest."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tracelet import ids
+from tracelet.core.launchers import Launch
 from tracelet.errors import SpoolError
 from tracelet.settings import Settings
 from tracelet.spool import store
@@ -19,59 +20,138 @@ __all__ = ["Claim", "claim"]
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A start's place: its run's folder here, and its attempt as the manifest has it."""
+    """A start's place: its run's folder here, its attempt as the manifest has it, and its rank in that."""
 
     run_id: str
     folder: Path
     attempt: store.Attempt
+    rank: int
 
 
-def claim(settings: Settings, *, destinations: tuple[Mapping[str, Any], ...], now: int) -> Claim:
+class _Taken(Exception):
+    """This start belongs to a later launch than the attempt that has its key."""
+
+
+def claim(
+    settings: Settings,
+    *,
+    destinations: tuple[Mapping[str, Any], ...],
+    now: int,
+    launch: Launch | None = None,
+    start: int = 0,
+) -> Claim:
     """Make the folder, and put this start into its manifest.
+
+    `launch` is what the launcher says; `start` how many runs of this project and name this process has started before.
+
+    A run of several processes is named by what each of them knows. Should two launches know the same, the second is
+    seen by its place being taken, since a rank starts only once in an attempt: it is then another *generation* of the
+    same facts, and a run of its own. Only the launcher's word that it has restarted everything opens a run again.
 
     Raises:
         ConfigError: a `run_id` that can't be one.
         SpoolError: the folder can't be made or written, or is of an unknown format.
     """
-    run_id = ids.new_run_id() if settings.run_id is None else ids.valid_run_id(settings.run_id)
-    folder = store.run_folder(settings.dir, run_id)
+    given = None if settings.run_id is None else ids.valid_run_id(settings.run_id)
     attempt = store.Attempt(
         key=ids.new_attempt_key(),
         started_unix_nano=now,
         pid=os.getpid(),
-        rank=0,
+        rank=0 if launch is None else launch.rank,
         destinations=destinations,
         shipper=settings.shipper,
         extra={"keep": asdict(settings.keep)},
     )
+    if launch is None:
+        return _put(settings, given or ids.new_run_id(), attempt, None, derived=False)
+    facts = [*launch.identity, settings.project, settings.experiment_name, start]
+    generation = 0
+    while True:
+        run_id, key = _named(given, [*facts, generation], launch)
+        later = _named(given, [*facts, generation + 1], launch)
+        if not _begun(settings, *later, derived=given is None):  # the latest one alone is still joined, or restarted
+            try:
+                mine = dataclasses.replace(attempt, key=key)
+                return _put(settings, run_id, mine, launch, derived=given is None)
+            except _Taken:
+                pass
+        generation += 1
 
-    def put(before: store.Manifest | None) -> store.Manifest:
-        nonlocal attempt
-        attempt = dataclasses.replace(attempt, number=_next_number(folder, before))
-        return (before or _fresh(settings, run_id)).with_attempt(attempt)
 
-    store.update_manifest(folder, put)
-    return Claim(run_id, folder, attempt)
+def _named(given: str | None, facts: Sequence[object], launch: Launch) -> tuple[str, str]:
+    run_id = ids.derived_run_id(facts) if given is None else given
+    return run_id, ids.derived_attempt_key(run_id, [*facts, *launch.restarts])
 
 
-def _fresh(settings: Settings, run_id: str) -> store.Manifest:
-    return store.Manifest(run_id, settings.project, settings.experiment_name, settings.experiment_name)
+def _begun(settings: Settings, run_id: str, key: str, *, derived: bool) -> bool:
+    found = _manifests(store.run_folder(settings.dir, run_id).parent)
+    return bool(found) and (derived or any(one.attempt(key) is not None for one in found))
 
 
-def _next_number(folder: Path, manifest: store.Manifest | None) -> int:
+def _put(settings: Settings, run_id: str, attempt: store.Attempt, launch: Launch | None, *, derived: bool) -> Claim:
+    folder = store.run_folder(settings.dir, run_id)
+    put = attempt
+
+    def change(before: store.Manifest | None) -> store.Manifest:
+        nonlocal put
+        known = [*([] if before is None else [before]), *_manifests(folder.parent, but=folder)]
+        same = [one for one in (manifest.attempt(attempt.key) for manifest in known) if one is not None]
+        if launch is not None and _is_taken(known, same, launch, derived=derived):
+            raise _Taken
+        here = None if before is None else before.attempt(attempt.key)
+        number = same[0].number if same else _next_number(known)
+        put = dataclasses.replace(attempt, number=number) if here is None else here
+        if launch is not None:
+            put = dataclasses.replace(put, extra={**put.extra, "launch": _with(put, launch)})
+        fresh = store.Manifest(run_id, settings.project, settings.experiment_name, settings.experiment_name)
+        return (before or fresh).with_attempt(put)
+
+    store.update_manifest(folder, change)
+    return Claim(run_id, folder, put, attempt.rank)
+
+
+def _with(attempt: store.Attempt, launch: Launch) -> dict[str, Any]:
+    """What an attempt's entry says of its launch, with this process's rank among those that have started here."""
+    ranks = attempt.extra.get("launch", {}).get("ranks", {})
+    return {
+        "world": launch.world,
+        "restarts": list(launch.restarts),
+        "all_here": launch.all_here,
+        "ranks": {**ranks, str(launch.rank): os.getpid()},
+    }
+
+
+def _is_taken(known: Sequence[store.Manifest], same: Sequence[store.Attempt], launch: Launch, *, derived: bool) -> bool:
+    told = [one.extra.get("launch", {}) for one in same]
+    if any(str(launch.rank) in one.get("ranks", {}) or one.get("world") != launch.world for one in told):
+        return True
+    if same or not derived:
+        return False
+    before = [
+        attempt.extra["launch"]["restarts"] for one in known for attempt in one.attempts if "launch" in attempt.extra
+    ]
+    return bool(before) and list(launch.restarts) <= max(before)
+
+
+def _next_number(known: Sequence[store.Manifest]) -> int:
     """One more than any attempt of the run known here has, also before a restart of this machine, or on another host
     that shares the folder. Not by the clock: set back a day, it would make the old attempt the newest."""
-    known = [] if manifest is None else [manifest]
-    for other in _others(folder):
+    counts = [max(len(one.attempts), *(a.number for a in one.attempts)) for one in known if one.attempts]
+    return 1 + max(counts, default=0)
+
+
+def _manifests(run: Path, but: Path | None = None) -> list[store.Manifest]:
+    """Those of all folders of a run that can be read: one that can't says so where it is shipped."""
+    found = []
+    try:
+        folders = [folder for folder in run.iterdir() if folder != but and folder.is_dir()]
+    except FileNotFoundError:
+        return []
+    for folder in folders:
         try:
-            found = store.read_manifest(other)
+            manifest = store.read_manifest(folder)
         except SpoolError:
-            continue  # of a version we can't read; it says so where it is shipped
-        known += [found] if found is not None else []
-    return 1 + max(
-        (max(len(one.attempts), *(a.number for a in one.attempts)) for one in known if one.attempts), default=0
-    )
-
-
-def _others(folder: Path) -> list[Path]:
-    return [other for other in folder.parent.iterdir() if other != folder and other.is_dir()]
+            continue
+        if manifest is not None:
+            found.append(manifest)
+    return found

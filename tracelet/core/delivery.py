@@ -30,13 +30,14 @@ class Stats:
 
     `logged`: by this process; `shipped`: delivered to the slowest destination, for the whole run on this host;
     `waiting`: logged and not yet shipped; `refused`: by the spool (no room) or, for good, by a destination; params,
-    tags, artifacts and phases count here like points.
+    tags, artifacts and phases count here like points. `left_out`: logged by a rank that logs nothing, see `ranks`.
     """
 
     logged: int
     shipped: int
     waiting: int
     refused: int
+    left_out: int = 0
 
 
 class Delivery:
@@ -85,7 +86,7 @@ class Delivery:
         if ticket.shipper != "process":
             return
         here = [d for d in ticket.destinations if d.get("in_process")]
-        if here and self._in_process is None and self._first:
+        if here and self._in_process is None and self._first and ticket.rank == 0:
             module = import_module("tracelet.shipper.inprocess")
             self._in_process = module.start(self._folder, here, ticket.secrets, ticket.environ)
         if len(here) == len(ticket.destinations) or lease.shipper_alive(self._folder) is not None:
@@ -219,6 +220,8 @@ class Delivery:
         def reached(progress: Progress) -> bool:
             if provisional:  # the rest comes after this process is gone
                 return all(progress.reached(head) for head in heads)
+            if not ticket.alone and all(progress.reached(head) for head in heads) and self._others_live():
+                return True  # the end of the attempt is the last rank's to wait for
             return all(
                 d["id"] in progress.destinations and ticket.attempt_key in progress.destinations[d["id"]].done
                 for d in ticket.destinations
@@ -233,6 +236,11 @@ class Delivery:
         self.tell_links()
         if not done:
             self._tell_rest()
+
+    def _others_live(self) -> bool:
+        mine = self._writer.writer_ids()
+        others = {path.stem for path in self._folder.glob("*.lock")} - {*mine, "manifest", "shipper"}
+        return any(lease.is_alive(self._folder, writer) for writer in others)
 
     def _tell_rest(self) -> None:
         waiting = self.stats().waiting

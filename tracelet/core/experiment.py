@@ -42,6 +42,8 @@ class ExperimentConfig:
         dir: the spool's root folder.
         shipper: `"process"`; `"thread"` of this program, where no process may be started; or `"off"`, and ship later
             with `tracelet ship`.
+        ranks: of a launch of several processes, which of them log: `"zero"` (only rank 0 does), `"all"`, or
+            `"separate"`, where each is a run of its own.
         keep, max_bytes, grace: see the settings page.
 
     Examples:
@@ -61,6 +63,7 @@ class ExperimentConfig:
     shipper: str | None = None
     keep: str | None = None
     max_bytes: int | str | None = None
+    ranks: str | None = None
     grace: float | str | None = None
 
     def as_settings(self) -> dict[str, object]:
@@ -88,7 +91,7 @@ class Experiment:
         name: the run's name.
         config: an `ExperimentConfig`; what is given as an argument wins over it.
         backend: where the run goes; see `ExperimentConfig.backend_name`.
-        project, run_id, tags, tracking_uri, dir, shipper, keep, max_bytes, grace: as in `ExperimentConfig`.
+        project, run_id, tags, tracking_uri, dir, shipper, keep, max_bytes, ranks, grace: as in `ExperimentConfig`.
 
     Raises:
         ConfigError: at `start()` or the first log call, for a setting that can't be right.
@@ -118,6 +121,7 @@ class Experiment:
         shipper: str | None = None,
         keep: str | None = None,
         max_bytes: int | str | None = None,
+        ranks: str | None = None,
         grace: float | str | None = None,
     ) -> None:
         if config is not None and not isinstance(config, ExperimentConfig):
@@ -133,6 +137,7 @@ class Experiment:
             "shipper": shipper,
             "keep": keep,
             "max_bytes": max_bytes,
+            "ranks": ranks,
             "grace": grace,
         }
         self._tags = values.check_tags(self.config.tags or {}) | values.check_tags(tags or {})
@@ -196,8 +201,7 @@ class Experiment:
         if self._first_iteration is not None:
             run.writer.set_iteration(self._first_iteration)
         if type(self).log_metric is Experiment.log_metric:  # a subclass's own stays
-            # The pen's one closure itself, not a method around it: a call more would cost a third of the price.
-            self.log_metric = run.writer.log  # type: ignore[method-assign]
+            self.log_metric = run.log  # type: ignore[method-assign]
 
     def stop(self, status: str | None = None, *, timeout: float | None = None) -> None:
         """End the run as FINISHED, or as `status` ("FAILED", "KILLED"), and let it be delivered.
@@ -246,7 +250,7 @@ class Experiment:
         Examples:
             >>> exp.log_metric("loss", 0.25, iteration=100)
         """
-        self._started().writer.log(name, value, iteration)
+        self._started().log(name, value, iteration)
 
     def log_metrics(self, metrics: Mapping[str, Any], iteration: int | None = None) -> None:
         """Log several metrics at one time and iteration; if one value can't be logged, none is.
@@ -257,7 +261,7 @@ class Experiment:
         Examples:
             >>> exp.log_metrics({"loss": 0.25, "accuracy": 0.9}, iteration=100)
         """
-        self._started().writer.log_many(metrics, iteration)
+        self._started().log_many(metrics, iteration)
 
     def set_iteration(self, iteration: int) -> None:
         """Make `iteration` the current one: that of every value logged without its own.
@@ -298,7 +302,7 @@ class Experiment:
         run = self._started()
         flat = values.flatten_params(params)
         if flat:
-            run.put(ParamsLogged(time_ns(), flat))
+            run.log_record(ParamsLogged(time_ns(), flat))
 
     def set_tags(self, tags: Mapping[str, object]) -> None:
         """Set tags of the run; the last value of a key stands.
@@ -312,7 +316,7 @@ class Experiment:
             'final'
         """
         checked = values.check_tags(tags)
-        self._started().put(TagsSet(time_ns(), checked))
+        self._started().log_record(TagsSet(time_ns(), checked))
         self._tags.update(checked)
 
     @property
@@ -380,7 +384,7 @@ class Experiment:
         if run is None:
             return Stats(0, 0, 0, 0)
         stats = run.delivery.stats()
-        return dataclasses.replace(stats, refused=stats.refused + run.refused_records)
+        return dataclasses.replace(stats, refused=stats.refused + run.refused_records, left_out=run.left_out)
 
     def flush(self, timeout: float | None = 30.0) -> bool:
         """Wait until all that was logged before is delivered everywhere; whether it was, within `timeout` seconds.

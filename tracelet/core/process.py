@@ -20,7 +20,18 @@ from tracelet.collectors.environment import notebook_shell
 from tracelet.guard import guard, logger
 from tracelet.records import FAILED, FINISHED, KILLED, ErrorInfo
 
-__all__ = ["Ending", "Member", "describe", "ending_of", "enter", "leave", "renew_after_fork", "starting"]
+__all__ = [
+    "Ending",
+    "Member",
+    "count_start",
+    "describe",
+    "ending_of",
+    "enter",
+    "leave",
+    "renew_after_fork",
+    "starting",
+    "starts_of",
+]
 
 
 class Ending:
@@ -43,6 +54,7 @@ class Member(Protocol):
 
 
 _members: list[Member] = []
+_starts: dict[tuple[str, str], int] = {}
 _renewals: list[Callable[[], None]] = [guard.after_fork_in_child]  # of locks that a fork may have caught held
 _lock = threading.RLock()
 _exit_code: int | None = None  # of the last sys.exit nobody caught
@@ -62,6 +74,16 @@ def starting() -> threading.RLock:
 def renew_after_fork(renew: Callable[[], None]) -> None:
     """Have `renew` called in every forked child, once a run has started in this process; it may only make a lock."""
     _renewals.append(renew)
+
+
+def starts_of(project: str, name: str) -> int:
+    """How many runs of this project and name have been started in this process, or in the one it was forked from."""
+    return _starts.get((project, name), 0)
+
+
+def count_start(project: str, name: str) -> None:
+    """One more has been."""
+    _starts[project, name] = starts_of(project, name) + 1
 
 
 def enter(member: Member, *, drain_on_sigterm: bool) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from tracelet import codec
 from tracelet.collectors import environment
-from tracelet.core import artifacts, claim, process, values
+from tracelet.core import artifacts, claim, launchers, process, values
 from tracelet.core.delivery import Delivery
 from tracelet.core.process import Ending
 from tracelet.core.ticket import Ticket
@@ -19,6 +19,7 @@ from tracelet.guard import guard, logger
 from tracelet.records import (
     FlushAsked,
     MetricNamed,
+    ParamsLogged,
     Record,
     RunStarted,
     TagsSet,
@@ -27,6 +28,7 @@ from tracelet.records import (
 )
 from tracelet.settings import Settings
 from tracelet.spool import store
+from tracelet.spool.points import Log
 from tracelet.spool.writer import Writer
 
 __all__ = ["Run", "closed_error"]
@@ -54,6 +56,9 @@ class Run:
             max_bytes=ticket.max_bytes,
             repeated_without_iteration=_warn_no_iteration,
         )
+        self.left_out = 0  # of what the user logged in a rank that logs nothing
+        # The pen's one closure itself, not a method around it: a call more would cost a third of the price.
+        self.log: Log = self._leave_out_point if ticket.leaves_out else self.writer.log
         self.delivery = Delivery(ticket, self.writer, first=role == "first")
 
     # ---- begin and join -----------------------------------------------------------------------------------------
@@ -73,7 +78,12 @@ class Run:
             SpoolError: the folder can't be made or written, or is of an unknown format.
         """
         now = time.time_ns()
-        place = claim.claim(settings, destinations=destinations, now=now)
+        launch = None
+        if settings.ranks != "separate":
+            launch = launchers.read(settings.environ, launchers.launcher_process)
+        start = process.starts_of(settings.project, settings.experiment_name)
+        place = claim.claim(settings, destinations=destinations, now=now, launch=launch, start=start)
+        process.count_start(settings.project, settings.experiment_name)
         attempt = place.attempt
         ticket = Ticket(
             folder=str(place.folder),
@@ -81,14 +91,16 @@ class Run:
             attempt_key=attempt.key,
             attempt_started_unix_nano=attempt.started_unix_nano,
             attempt_number=attempt.number,
-            rank=0,
+            rank=place.rank,
+            leaves_out=settings.ranks == "zero" and place.rank != 0,
+            alone=launch is None,
             resource=environment.resource(
                 project=settings.project,
                 experiment_name=settings.experiment_name,
                 run_id=place.run_id,
                 run_name=settings.experiment_name,
                 attempt_key=attempt.key,
-                rank=0,
+                rank=place.rank,
                 environ=settings.environ,
             ),
             destinations=destinations,
@@ -99,8 +111,17 @@ class Run:
             secrets=secrets,
         )
         run = cls(ticket, "first")
+        run.writer.open()  # a rank that logs nothing has an end all the same
+        if place.rank == 0:
+            run._owe_start(settings, now, tags)
+        run.delivery.serve()
+        process.enter(run, drain_on_sigterm=not run.delivery.outlived and settings.shipper != "off")
+        return run
+
+    def _owe_start(self, settings: Settings, now: int, tags: Mapping[str, str]) -> None:
+        """What rank 0 says first of an attempt."""
         facts = environment.take(settings.environ, settings.cwd, settings.argv)
-        run._owed.append(
+        self._owed.append(
             RunStarted(
                 time_unix_nano=now,
                 run_name=settings.experiment_name,
@@ -110,11 +131,8 @@ class Run:
             )
         )
         if tags:
-            run._owed.append(TagsSet(now, dict(tags)))
-        run._put_owed()
-        run.delivery.serve()
-        process.enter(run, drain_on_sigterm=not run.delivery.outlived and settings.shipper != "off")
-        return run
+            self._owed.append(TagsSet(now, dict(tags)))
+        self._put_owed()
 
     @classmethod
     def join(cls, ticket: Ticket) -> Run:
@@ -139,6 +157,40 @@ class Run:
         run = cls(ticket, "child")
         process.enter(run, drain_on_sigterm=False)
         return run
+
+    # ---- what the user logs ---------------------------------------------------------------------------------------
+
+    def log_many(self, metrics: Mapping[str, Any], iteration: int | None) -> None:
+        """Log several metrics at one time; see `Writer.log_many`."""
+        if not self._leaves_out("metrics"):
+            self.writer.log_many(metrics, iteration)
+
+    def log_record(self, record: ParamsLogged | TagsSet) -> None:
+        """Write params or tags; see `put`."""
+        if not self._leaves_out("params and tags"):
+            self.put(record)
+
+    def _leave_out_point(self, name: str, value: Any, iteration: int | None = None) -> None:
+        self._leaves_out("metrics")
+
+    def _leaves_out(self, what: str) -> bool:
+        """Whether this rank logs nothing of the user's; then it is counted, and said once.
+
+        Ranks of one launch mostly run the same code: to take all of it would be the same points eight times over.
+        """
+        if not self.ticket.leaves_out:
+            return False
+        if self.closed:
+            raise self.closed_error()
+        self.left_out += 1
+        if self.left_out == 1:
+            logger.warning(
+                "rank %d of run %s logs %s, and they are left out, as all that is logged here: rank 0 logs for the"
+                " run. ranks='all' (TRACELET_RANKS=all) takes every rank's, ranks='separate' makes each a run (said"
+                " once)",
+                self.ticket.rank, self.ticket.run_id, what,
+            )  # fmt: skip
+        return True
 
     # ---- records ------------------------------------------------------------------------------------------------
 
@@ -188,6 +240,8 @@ class Run:
             InvalidValue: nothing there, or a `path` that leads outside the run.
             RunClosed: after `end`.
         """
+        if self._leaves_out("artifacts"):
+            return
         limit = self.ticket.max_bytes
         room = None if limit is None else max(0, limit - store.usage(self.folder))
         try:

@@ -21,6 +21,8 @@ class Ticket:
     attempt_started_unix_nano: int
     attempt_number: int
     rank: int
+    leaves_out: bool  # what the user logs in this rank is another rank's business
+    alone: bool  # the attempt has no other ranks
     resource: Mapping[str, Scalar]
     destinations: tuple[Mapping[str, Any], ...]
     shipper: str

@@ -28,7 +28,7 @@ def ending_of(site: Site, reader: SpoolReader, attempt: Attempt, verdict: Verdic
     return {
         "attempt": attempt.key,
         "started_unix_nano": attempt.started_unix_nano,
-        "newest": site.is_newest(attempt),
+        "newest": site.speaks_for(attempt) and site.is_newest(attempt),
         "verdict": verdict.to_json(),
         "frames": {writer: sum(1 for _ in frames_of(reader, writer)) for writer in writers},
     }

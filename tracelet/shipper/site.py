@@ -125,6 +125,12 @@ class Site:
         # A launch's attempt has the same key on each of its hosts.
         return all(one.order <= attempt.order for one in others if one.key != attempt.key)
 
+    def speaks_for(self, attempt: Attempt) -> bool:
+        """The attempt's end here is the run's: rank 0 is here, or all ranks there are, or it has no others."""
+        first = self.roster.first_of(attempt.key)
+        rank = attempt.rank if first is None else self.roster.opened[first].rank
+        return rank == 0 or self.received or bool(attempt.extra.get("launch", {}).get("all_here"))
+
     @property
     def state(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The writers and attempts known now: what "finished" is about."""

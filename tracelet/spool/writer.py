@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import sys
 import threading
@@ -99,6 +100,11 @@ class Writer:
     def log_many(self, values: Mapping[str, object], iteration: int | None = None) -> None:
         """Log several metrics with one time; if one name or value is wrong, raises before anything is written."""
         self._fused.log_many(values, iteration)
+
+    def open(self) -> None:
+        """Make this process's files now, instead of at its first record; without room that comes again there."""
+        with contextlib.suppress(OSError, SpoolError):
+            self._locked(lambda files: None)
 
     def frame(self, kind: int, payload: bytes, time_unix_nano: int) -> Address:
         """Append one frame and return where its slot is.

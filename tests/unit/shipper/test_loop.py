@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
+import os
 import resource
 import shutil
 import signal
@@ -20,7 +22,7 @@ from tracelet import ids
 from tracelet.errors import IntegrationUnavailable
 from tracelet.exporters.base import Exporter
 from tracelet.guard import guard
-from tracelet.records import FlushAsked, ParamsLogged, SpanStarted, TagsSet
+from tracelet.records import FlushAsked, ParamsLogged, SpanStarted, TagsSet, WriterOpened
 from tracelet.shipper.deadletter import DeadLetters
 from tracelet.shipper.deaths import Deaths
 from tracelet.shipper.loop import Lane
@@ -486,8 +488,6 @@ def test_the_manifest_word_on_an_end_stands(bench: Bench) -> None:
 
 
 def _with_end(attempt: store.Attempt, ended: dict[str, Any]) -> store.Attempt:
-    import dataclasses
-
     return dataclasses.replace(attempt, ended=ended)
 
 
@@ -503,6 +503,29 @@ def test_only_the_newest_attempt_may_set_the_run_status(bench: Bench) -> None:
     end(again, "FINISHED")
     bench.settle(lane)
     assert [(ended.status, ended.newest) for ended in exporter.store.ends()] == [("FAILED", False), ("FINISHED", True)]
+
+
+@pytest.mark.parametrize(("rank", "all_here", "speaks"), [(0, False, True), (2, True, True), (2, False, False)])
+def test_ranks_beside_rank_0_of_another_machine_set_no_status(
+    bench: Bench, rank: int, all_here: bool, speaks: bool
+) -> None:
+    exporter = InMemoryExporter()
+    extra = {"launch": {"world": 4, "restarts": [0], "all_here": all_here, "ranks": {}}}
+
+    def put(manifest: store.Manifest | None) -> store.Manifest:
+        assert manifest is not None
+        (attempt,) = manifest.attempts
+        return manifest.with_attempt(dataclasses.replace(attempt, extra=extra))
+
+    store.update_manifest(bench.folder, put)
+    key, started = bench.attempt.key, bench.attempt.started_unix_nano
+    opened = WriterOpened(started, "first", os.getpid(), rank, key, started, {})
+    writer = open_writer(bench.folder, bench.attempt, opened=opened)
+    start(writer)
+    end(writer, "FINISHED")
+    lane = bench.lane(exporter)
+    bench.settle(lane)
+    assert [ended.newest for ended in exporter.store.ends()] == [speaks]
 
 
 # ---- damage ---------------------------------------------------------------------------------------------------------

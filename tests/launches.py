@@ -1,0 +1,128 @@
+"""What launchers set in the processes they start, as recorded from them, and a launcher for tests that does it.
+
+torchrun: `LocalElasticAgent._start_workers` of torch.distributed.elastic. srun: srun(1), output environment variables;
+sbatch: sbatch(1). Ray Train: its torch backend's worker variables. None of these programs runs here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+LAUNCHER = """
+import json, os, subprocess, sys
+command, rounds = json.loads(sys.argv[1])
+for workers in rounds:
+    started = [subprocess.Popen(command, env={**os.environ, **one}) for one in workers]
+    codes = [one.wait() for one in started]
+"""
+
+Environs = list[dict[str, str]]
+
+
+def torchrun(
+    world: int,
+    *,
+    rdzv_id: str = "none",
+    restarts: int = 0,
+    address: str = "127.0.0.1",
+    port: int = 29500,
+    here: int = 0,
+) -> Environs:
+    """The workers of one agent, by rank; `here` of them where the launch has other machines too."""
+    return [
+        {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "GROUP_RANK": "0",
+            "ROLE_RANK": str(rank),
+            "ROLE_NAME": "default",
+            "LOCAL_WORLD_SIZE": str(here or world),
+            "WORLD_SIZE": str(world),
+            "GROUP_WORLD_SIZE": str(world // (here or world)),
+            "ROLE_WORLD_SIZE": str(world),
+            "MASTER_ADDR": address,
+            "MASTER_PORT": str(port),
+            "TORCHELASTIC_RESTART_COUNT": str(restarts),
+            "TORCHELASTIC_MAX_RESTARTS": "3",
+            "TORCHELASTIC_RUN_ID": rdzv_id,
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+        }
+        for rank in range(here or world)
+    ]
+
+
+def batch(*, job: str = "4711", tasks: int = 4, restarts: int | None = None) -> dict[str, str]:
+    """What a batch script has; a shell of salloc has the same, without the rank."""
+    found = {
+        "SLURM_CLUSTER_NAME": "cluster",
+        "SLURM_JOB_ID": job,
+        "SLURM_NTASKS": str(tasks),
+        "SLURM_NNODES": "1",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_NODEID": "0",
+    }
+    return found if restarts is None else {**found, "SLURM_RESTART_COUNT": str(restarts)}
+
+
+def srun(tasks: int, *, job: str = "4711", step: int = 0, nodes: int = 1, restarts: int | None = None) -> Environs:
+    """The tasks of one step."""
+    return [
+        {
+            **batch(job=job, restarts=restarts),
+            "SLURM_STEP_ID": str(step),
+            "SLURM_STEPID": str(step),
+            "SLURM_STEP_NUM_TASKS": str(tasks),
+            "SLURM_STEP_NUM_NODES": str(nodes),
+            "SLURM_PROCID": str(task),
+            "SLURM_LOCALID": str(task),
+        }
+        for task in range(tasks)
+    ]
+
+
+def ray(world: int, *, address: str = "10.0.0.1", port: int = 40001, job: str = "01000000") -> Environs:
+    """The workers of one Ray Train trial on one machine. Ray counts its jobs from 1 in each cluster."""
+    return [
+        {
+            "RAY_JOB_ID": job,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world),
+            "LOCAL_WORLD_SIZE": str(world),
+            "NODE_RANK": "0",
+            "MASTER_ADDR": address,
+            "MASTER_PORT": str(port),
+        }
+        for rank in range(world)
+    ]
+
+
+def start(folder: Path, command: Sequence[str], *rounds: Environs, **environ: str) -> subprocess.Popen[str]:
+    """A launcher that starts the workers of the first round, waits for them, and goes on with the next."""
+    asked = json.dumps([list(command), rounds])
+    inherited: Mapping[str, str] = {**os.environ, **environ}
+    return subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, asked],
+        cwd=folder,
+        env=dict(inherited),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def done(launcher: subprocess.Popen[str], limit_s: float = 120.0) -> str:
+    """What a launch printed, once it is over."""
+    try:
+        out, err = launcher.communicate(timeout=limit_s)
+    finally:
+        launcher.kill()
+    assert launcher.returncode == 0, err
+    assert "Traceback" not in err, err
+    return out

@@ -1,0 +1,105 @@
+"""Reads what a launcher says of this process: which rank of which launch it is, if several processes share one run.
+
+Variables are taken as the launchers set them:
+
+* torchrun (torch.distributed.elastic, `LocalElasticAgent._start_workers`), and whatever else speaks its language (Ray
+  Train, DeepSpeed, Accelerate, a shell loop): `RANK` and `WORLD_SIZE`, with `MASTER_ADDR`, `MASTER_PORT`, and from
+  torchrun `LOCAL_WORLD_SIZE`, `TORCHELASTIC_RUN_ID` and `TORCHELASTIC_RESTART_COUNT`;
+* srun (srun(1), output environment variables): `SLURM_PROCID` and `SLURM_STEP_NUM_TASKS`, with the ids of cluster, job
+  and step. Never `SLURM_NTASKS`, which every shell of `salloc` has, nor what a batch script has of its own.
+
+None of them tells two launches apart by itself: `--rdzv-id=100` and port 29500 are in everybody's scripts, Ray counts
+its jobs from 1 in each cluster, a step is numbered within its job. So all there is goes into the launch's identity, and
+where all its processes are on this machine, the process that launched them too.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Launch", "launcher_process", "read"]
+
+_HERE = frozenset({"localhost", "127.0.0.1", "::1"})
+_OF_ONE_RANK = ("RANK", "WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One launch of several processes that share a run, and this process's place in it."""
+
+    rank: int
+    world: int
+    identity: tuple[str, ...]  # the same in each of its processes, and through restarts; another launch's differs
+    restarts: tuple[int, ...]  # how often the launcher has started all of it again
+    all_here: bool  # every process of it runs on this machine
+
+
+def read(environ: Mapping[str, str], launcher: Callable[[Mapping[str, str]], str | None]) -> Launch | None:
+    """The launch this process belongs to; None for a process by itself, or where the variables make no sense.
+
+    `launcher` names the process that launched this one, if it can be known; asked only for a launch on one machine.
+    """
+    # In a step every process has them; beside one, a batch script has some that its ranks on other nodes don't.
+    names = ("SLURM_CLUSTER_NAME", "SLURM_JOB_ID", "SLURM_STEP_ID") if environ.get("SLURM_STEP_ID") else ()
+    job = tuple(environ.get(name, "") for name in names)
+    requeued = _number(environ, "SLURM_RESTART_COUNT") or 0
+    place = _place(environ, "RANK", "WORLD_SIZE")
+    if place is None:
+        place = _place(environ, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
+        if place is None:
+            return None
+        all_here = _number(environ, "SLURM_STEP_NUM_NODES") == 1
+        return Launch(*place, ("srun", *job), (requeued,), all_here)
+    elastic = environ.get("TORCHELASTIC_RUN_ID")
+    master = (environ.get("MASTER_ADDR", ""), environ.get("MASTER_PORT", ""))
+    all_here = _number(environ, "LOCAL_WORLD_SIZE") == place[1] or master[0] in _HERE
+    by = launcher(environ) if all_here else None
+    kind = "ray" if environ.get("RAY_JOB_ID") else "env" if elastic is None else "torchrun"
+    what = environ.get("RAY_JOB_ID", "") if elastic is None else elastic
+    if elastic is not None and by is not None:
+        master = ("", "")  # its port may change at each restart, and the agent's process says more
+    identity = (kind, *job, what, *master, by or "")
+    return Launch(*place, identity, (requeued, _number(environ, "TORCHELASTIC_RESTART_COUNT") or 0), all_here)
+
+
+def _place(environ: Mapping[str, str], rank_name: str, world_name: str) -> tuple[int, int] | None:
+    rank, world = _number(environ, rank_name), _number(environ, world_name)
+    return (rank, world) if rank is not None and world is not None and rank < world > 1 else None
+
+
+def _number(environ: Mapping[str, str], name: str) -> int | None:
+    text = environ.get(name, "").strip()
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else None
+
+
+def launcher_process(environ: Mapping[str, str], proc: Path = Path("/proc")) -> str | None:
+    """The process that launched this rank: its pid and when it started, in this boot of this machine. None: unknown.
+
+    It is the nearest process above that is not of this rank itself, as a wrapper script is: all ranks of a launch on
+    one machine have it in common, and through its restarts it stays.
+    """
+    try:
+        boot = (proc / "sys/kernel/random/boot_id").read_text().strip()
+        pid = os.getppid()
+        while pid > 1 and _same_rank(proc / str(pid), environ):
+            pid = int(_stat(proc / str(pid))[1])
+        return f"{boot}/{pid}/{_stat(proc / str(pid))[19]}"
+    except (OSError, ValueError, IndexError):
+        return None  # no /proc (macOS), or a parent that has just gone
+
+
+def _same_rank(process: Path, environ: Mapping[str, str]) -> bool:
+    try:
+        words = (process / "environ").read_bytes().split(b"\0")
+    except PermissionError:
+        return False  # another user's: no wrapper of ours
+    theirs = dict(word.decode("utf-8", "surrogateescape").partition("=")[::2] for word in words)
+    return all(theirs.get(name) == environ.get(name) for name in _OF_ONE_RANK)
+
+
+def _stat(process: Path) -> list[str]:
+    """The fields of /proc/PID/stat from the third one on: proc(5) counts state as 3, ppid as 4, starttime as 22."""
+    return (process / "stat").read_text().rpartition(")")[2].split()
