@@ -237,7 +237,8 @@ def list_runs(root: Path) -> Iterator[RunFolder]:
                 manifest, problem = read_manifest(folder), None
             except SpoolFormatError as error:
                 manifest, problem = None, str(error)
-            if manifest is not None or problem is not None or any(folder.glob("*.lock")):
+            # A start that died before its manifest leaves a folder in which nothing was ever logged.
+            if manifest is not None or problem is not None or any(folder.glob(f"{'?' * 16}.lock")):
                 yield RunFolder(run.name, folder, manifest, problem)
 
 

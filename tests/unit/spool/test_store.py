@@ -119,6 +119,8 @@ def test_runs_are_found_with_their_manifests_or_what_is_wrong_with_them(tmp_path
     (run_folder(tmp_path, "broken") / "manifest.json").write_text("{")
     (tmp_path / "empty" / "host").mkdir(parents=True)
     (tmp_path / "file").touch()
+    (tmp_path / "died at its start" / "host").mkdir(parents=True)
+    (tmp_path / "died at its start" / "host" / "manifest.lock").touch()
     found = list(list_runs(tmp_path))
     assert [run.run_id for run in found] == ["a", "b", "broken"]
     assert found[0].manifest == MANIFEST
