@@ -10,7 +10,7 @@ RUN := $(VENV)/bin/python -m
 export PYTHON
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help demo test check format docs stack bench clean
+.PHONY: help demo test soak check format docs stack bench clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -21,6 +21,9 @@ demo: $(VENV)/.ready-demo ## train a classifier on digits, logged into MLflow's 
 
 test: $(VENV)/.ready-dev ## all tests
 	$(RUN) pytest $(ARGS)
+
+soak: $(VENV)/.ready-dev ## the crash tests at full length: 200 kills, more lines, more workers (half an hour)
+	TRACELET_SOAK=1 $(RUN) pytest tests/crash $(ARGS)
 
 check: $(VENV)/.ready-dev ## format, lint, types, import rules, the docs and every block in them
 	$(RUN) ruff format --check .

@@ -1,0 +1,245 @@
+"""Training killed by SIGKILL, anywhere: every point whose call had returned arrives once, and the run is marked.
+
+Pattern: a real program tells through a pipe which calls have returned, and is killed from outside at a random moment,
+or by itself at a line of ours, one line after the other. Limit: two minutes a program. TRACELET_SOAK=1: 200 random
+kills instead of 20, and every seventh line or so instead of every fiftieth.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.programs import started, written
+from tests.sinks import HttpSink, attributes, until
+from tests.spooled import folder_of
+from tracelet.spool import store
+from tracelet.spool.lease import shipper_alive
+
+SOAK = os.environ.get("TRACELET_SOAK") == "1"
+
+# One byte for each call that returned: what the pipe holds at the death of the program was acknowledged.
+TRAINING = """
+import os, sys, tracelet
+exp = tracelet.start_logging(exp_name=sys.argv[1], project="kills", backend="otlp", run_id=sys.argv[1])
+step = 0
+while True:
+    if step % 50 == 49:
+        exp.log_params({f"p{step}": step})
+        os.write(1, b"p")
+    exp.log_metric("loss", step, iteration=step)
+    os.write(1, b".")
+    step += 1
+"""
+
+
+@pytest.fixture
+def sink(otlp_sink: HttpSink, monkeypatch: pytest.MonkeyPatch) -> HttpSink:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", otlp_sink.url)
+    return otlp_sink
+
+
+def read_exactly(pipe: int, size: int) -> bytes:
+    found = b""
+    while len(found) < size:
+        piece = os.read(pipe, size - len(found))
+        assert piece, "the program ended by itself"
+        found += piece
+    return found
+
+
+def root_span(sink: HttpSink, run_id: str) -> Any:
+    found = [span for span in sink.spans() if span.name == f"run {run_id}"]
+    assert len(found) < 2
+    return found[0] if found else None
+
+
+def ship(folder: Path) -> None:
+    """What a person types afterwards."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tracelet", "ship", str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def kill_and_look(tmp_path: Path, spool: Path, sink: HttpSink, seed: int, how: str) -> None:
+    """Kill one program at a random moment, and see that all it had logged has arrived."""
+    chance, run_id = random.Random(seed), f"{how}-{seed}".replace(" ", "-")
+    folder = tmp_path / run_id
+    folder.mkdir()
+    began = time.time_ns()
+    with started(folder, TRAINING, run_id, group=True) as program:
+        assert program.stdout is not None
+        pipe = program.stdout.fileno()
+        acknowledged = read_exactly(pipe, chance.choice([1, chance.randrange(1, 500), chance.randrange(1, 40_000)]))
+        mine = folder_of(spool, run_id)
+        if how == "shipper too":
+            until(lambda: shipper_alive(mine) is not None, 60)
+            shipper = shipper_alive(mine)
+            if shipper is not None:
+                os.kill(shipper, signal.SIGKILL)
+        if how == "group":
+            os.killpg(program.pid, signal.SIGKILL)
+        else:
+            program.send_signal(signal.SIGKILL)
+        assert program.wait(30) == -signal.SIGKILL
+        after = time.time_ns()
+        while piece := os.read(pipe, 65536):
+            acknowledged += piece
+    if how == "shipper too":
+        until(lambda: shipper_alive(mine) is None, 30)
+        ship(mine)
+    until(lambda: root_span(sink, run_id) is not None, 60)
+    root = root_span(sink, run_id)
+    found = attributes(root)
+    assert (found["tracelet.run.state"], root.status.code) == ("KILLED", 2)
+    # Who watched knows when it was; who came later takes the last record for it.
+    assert began < root.end_time_unix_nano < (after if how == "shipper too" else time.time_ns())
+    points = Counter(point.iteration for point in sink.points(run_id))
+    calls = acknowledged.count(b".")
+    assert set(range(calls)) <= points.keys()
+    assert len(points) <= calls + 1
+    assert set(points.values()) == {1}
+    params = {name for name in found if name.startswith("tracelet.param.")}
+    assert {f"tracelet.param.p{50 * n + 49}" for n in range(acknowledged.count(b"p"))} <= params
+
+
+HOW = ("training", "training", "group", "shipper too")
+
+
+@pytest.mark.parametrize("part", range(10 if SOAK else 2))
+def test_all_that_was_acknowledged_outlives_a_kill_at_a_random_moment(
+    tmp_path: Path, clean_environment: Path, sink: HttpSink, part: int
+) -> None:
+    each = 20 if SOAK else 10
+    with ThreadPoolExecutor(2) as two_at_once:
+        done = [
+            two_at_once.submit(kill_and_look, tmp_path, clean_environment, sink, seed, HOW[seed % len(HOW)])
+            for seed in range(part * each, (part + 1) * each)
+        ]
+        for one in done:
+            one.result()
+
+
+# A child for each line: warm from its parent, it lives for a few milliseconds.
+LINES = """
+import json, os, signal, sys
+import tracelet
+from tracelet.core import artifacts, claim, delivery, experiment, run, values
+from tracelet.spool import files, writer
+writer.Writer.__init__.__kwdefaults__["slots_per_segment"] = 64  # rolls come soon
+
+ours, at, step = os.path.dirname(tracelet.__file__), 0, int(sys.argv[1])
+
+def watch(frame, event, arg):
+    global left
+    if not frame.f_code.co_filename.startswith(ours):
+        return None
+    if event == "line":
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return watch
+
+def scenario(told):
+    exp = tracelet.start_logging(exp_name="lines", project="kills", backend=tracelet.File(sys.argv[2]),
+                                 run_id=f"line-{at}", tags={"a": "b"})
+    for i in range(150):
+        exp.log_metric(f"m{i % 7}", i, iteration=i)
+        os.write(told, b".")
+    exp.log_params({"late": 1})
+    os.write(told, b"p")
+    tracelet.stop_logging()
+    os.write(told, b"e")
+
+while True:
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        left = at
+        sys.settrace(watch)
+        scenario(writing)
+        sys.settrace(None)
+        os._exit(0)
+    os.close(writing)
+    told = b""
+    while piece := os.read(reading, 4096):
+        told += piece
+    os.close(reading)
+    _, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    assert code in (0, -signal.SIGKILL), code
+    print(json.dumps({"at": at, "told": told.decode(), "code": code}), flush=True)
+    if code == 0:
+        break
+    at += step
+"""
+
+
+def points_of(path: Path) -> dict[str, Counter[int]]:
+    """How often each iteration of each run stands in a file."""
+    found: dict[str, Counter[int]] = {}
+    for line in path.read_text().splitlines():
+        for resource in json.loads(line).get("resourceMetrics", []):
+            named = {a["key"]: a["value"].get("stringValue") for a in resource["resource"]["attributes"]}
+            count = found.setdefault(str(named["tracelet.run.id"]), Counter())
+            for scope in resource["scopeMetrics"]:
+                if scope["scope"]["name"] != "tracelet":
+                    continue
+                for metric in scope["metrics"]:
+                    for point in metric["gauge"]["dataPoints"]:
+                        if not point.get("flags"):
+                            count[int(point["attributes"][0]["value"]["intValue"])] += 1
+    return found
+
+
+def test_a_kill_at_any_line_of_start_roll_over_or_stop_loses_nothing_acknowledged_and_can_be_shipped(
+    tmp_path: Path, clean_environment: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRACELET_SHIPPER", "off")
+    script, file = written(tmp_path, LINES), tmp_path / "out.jsonl"
+    chance = random.Random(time.time_ns())
+    step = chance.randrange(*(5, 9) if SOAK else (40, 60))
+    done = subprocess.run(
+        [sys.executable, str(script), str(step), str(file)],
+        cwd=tmp_path, capture_output=True, text=True, timeout=1800 if SOAK else 120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(lines) > 50
+    ship(clean_environment)
+    found = points_of(file)
+    for line in lines:
+        run_id, told = f"line-{line['at']}", line["told"]
+        points = found.get(run_id, Counter())
+        assert set(range(told.count("."))) <= points.keys(), line
+        assert len(points) <= told.count(".") + 1, line
+        assert set(points.values()) <= {1}, line
+        ends = [
+            attempt.ended["status"]
+            for folder in clean_environment.glob(f"{run_id}/*")
+            if (manifest := store.read_manifest(folder)) is not None
+            for attempt in manifest.attempts
+            if attempt.ended is not None
+        ]
+        if "." in told:
+            assert ends in (["KILLED"], ["FINISHED"]), line
+        if "e" in told:
+            assert ends == ["FINISHED"], line
+        elif "p" not in told:
+            assert ends in ([], ["KILLED"]), line
