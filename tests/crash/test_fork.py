@@ -6,11 +6,23 @@ Limit: a minute for each program (a hanging child kills itself by an alarm befor
 
 from __future__ import annotations
 
+import os
+import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from tests.programs import finished
+from tests.conftest import processes_of
+from tests.programs import finished, said, started
+from tests.sinks import HttpSink, attributes, until
+from tests.spooled import folder_of, read
+from tracelet import ids
+from tracelet.records import ParamsLogged, WriterEnded
+from tracelet.spool import store
+from tracelet.spool.lease import shipper_alive
+
+SOAK = os.environ.get("TRACELET_SOAK") == "1"
 
 FORK_WHILE_HELD = """
 import os, signal, sys, threading, warnings
@@ -53,3 +65,183 @@ sys.exit(os.waitstatus_to_exitcode(status) != 0)
 def test_a_child_forked_while_a_thread_held_a_lock_of_ours_does_not_hang(tmp_path: Path, lock: str) -> None:
     done = finished(tmp_path, FORK_WHILE_HELD, lock)
     assert done.returncode == 0, done.stderr
+
+
+WORKERS = """
+import multiprocessing, sys, warnings
+warnings.simplefilter("ignore", DeprecationWarning)
+import tracelet
+
+def work(exp, number, each):
+    for step in range(each):
+        exp.log_metric(f"worker{number}", step, iteration=step)
+
+if __name__ == "__main__":
+    each = int(sys.argv[1])
+    exp = tracelet.start_logging(exp_name="workers", project="fork", backend="otlp", run_id="workers")
+    exp.log_metric("parent", 0.0, iteration=0)
+    started, number = [], 0
+    for method, count in (("fork", 4), ("forkserver", 2), ("spawn", 2)):
+        context = multiprocessing.get_context(method)
+        for _ in range(count):
+            started.append(context.Process(target=work, args=(exp, number, each)))
+            started[-1].start()
+            number += 1
+    exp.log_metric("parent", 1.0, iteration=1)
+    for worker in started:
+        worker.join(60)
+    assert [worker.exitcode for worker in started] == [0] * number
+    exp.log_metric("parent", 2.0, iteration=2)
+    assert exp.flush(timeout=60)
+"""
+
+
+def test_workers_of_every_start_method_log_into_one_run_with_nothing_lost_or_doubled(
+    tmp_path: Path, otlp_sink: HttpSink
+) -> None:
+    each = 20_000 if SOAK else 2_000
+    done = finished(tmp_path, WORKERS, each, OTEL_EXPORTER_OTLP_ENDPOINT=otlp_sink.url)
+    assert done.returncode == 0, done.stderr
+    until(lambda: bool(otlp_sink.spans()), 30)
+    assert [attributes(span)["tracelet.run.state"] for span in otlp_sink.spans()] == ["FINISHED"]
+    points = Counter((point.name, point.iteration) for point in otlp_sink.points("workers"))
+    wanted = {(f"worker{number}", step) for number in range(8) for step in range(each)}
+    assert points == Counter(wanted | {("parent", step) for step in range(3)})
+    assert {resource["service.instance.id"] for resource, _, _ in otlp_sink.metrics()} == {
+        ids.instance_id("workers", attempt_of(otlp_sink), 0)
+    }
+
+
+def attempt_of(sink: HttpSink) -> str:
+    (attempt,) = {resource["tracelet.run.attempt"] for resource, _, _ in sink.metrics()}
+    return str(attempt)
+
+
+IN_A_THREAD = """
+import os, threading, warnings
+warnings.simplefilter("ignore", DeprecationWarning)
+import tracelet
+exp = tracelet.start_logging(exp_name="thread", project="fork", backend="file", shipper="off")
+stop = threading.Event()
+
+def busy(number):
+    step = 0
+    while not stop.is_set():
+        exp.log_metric(f"busy{number}", step, iteration=step)
+        exp.log_metric(f"new{number}-{step}", step, iteration=step)  # takes the lock, and rolls
+        step += 1
+
+def fork():
+    for child in range(20):
+        pid = os.fork()
+        if pid == 0:
+            exp.log_metric("child", child, iteration=child)
+            exp.log_params({f"child{child}": child})
+            os._exit(0)
+        os.waitpid(pid, 0)
+
+threads = [threading.Thread(target=busy, args=(number,)) for number in range(3)]
+forking = threading.Thread(target=fork)
+for thread in (*threads, forking):
+    thread.start()
+forking.join()
+stop.set()
+for thread in threads:
+    thread.join()
+"""
+
+
+def test_children_forked_by_a_thread_while_others_log_lose_nothing_and_do_not_hang(
+    tmp_path: Path, clean_environment: Path
+) -> None:
+    done = finished(tmp_path, IN_A_THREAD)
+    assert done.returncode == 0, done.stderr
+    found = read(folder_of(clean_environment))
+    assert sorted(found.values("child")) == [(child, float(child)) for child in range(20)]
+    assert {key for one in found.of(ParamsLogged) for key in one.params} == {f"child{child}" for child in range(20)}
+    for number in range(3):
+        values = found.values(f"busy{number}")
+        assert values == [(step, float(step)) for step in range(len(values))]
+    assert [ended.status for ended in found.of(WriterEnded) if ended.status] == ["FINISHED"]
+
+
+OUTLIVING = """
+import os, sys, warnings
+warnings.simplefilter("ignore", DeprecationWarning)
+import tracelet
+exp = tracelet.start_logging(exp_name="outlived", project="fork", backend="otlp", run_id="outlived")
+exp.log_metric("loss", 1.0, iteration=0)
+for number in range(8):
+    if os.fork() == 0:
+        exp.log_metric("child", number, iteration=number)
+        os.write(1, b"child\\n")
+        sys.stdin.readline()  # the end of it
+        exp.log_metric("late", number, iteration=number)
+        os._exit(0)
+sys.stdin.readline()
+"""
+
+
+def test_a_death_is_noticed_within_a_second_while_eight_children_live_on_and_what_they_log_late_arrives(
+    tmp_path: Path, clean_environment: Path, otlp_sink: HttpSink
+) -> None:
+    with started(tmp_path, OUTLIVING, OTEL_EXPORTER_OTLP_ENDPOINT=otlp_sink.url) as program:
+        assert [said(program) for _ in range(8)] == ["child"] * 8
+        folder = folder_of(clean_environment)
+        until(lambda: shipper_alive(folder) is not None and len(otlp_sink.points()) == 9, 30)
+        program.kill()
+        killed = time.time_ns()
+        program.wait(30)
+
+        def ended() -> int | None:
+            manifest = store.read_manifest(folder)
+            over = None if manifest is None else manifest.attempts[0].ended
+            return None if over is None else int(over["end_unix_nano"])
+
+        until(lambda: ended() is not None, 30)
+        assert (ended() or 0) - killed < 1_000_000_000
+        assert len({pid for pid in processes_of(str(tmp_path)) if pid != shipper_alive(folder)}) == 8
+        assert program.stdin is not None
+        program.stdin.close()
+    until(lambda: len(otlp_sink.points()) == 17, 30)
+    until(lambda: shipper_alive(folder) is None, 30)
+    points = Counter((point.name, point.iteration) for point in otlp_sink.points())
+    assert points == Counter(
+        {(name, number): 1 for name in ("child", "late") for number in range(8)} | {("loss", 0): 1}
+    )
+    assert [attributes(span)["tracelet.run.state"] for span in otlp_sink.spans()] == ["KILLED"]
+
+
+MANY = """
+import os, sys, warnings
+warnings.simplefilter("ignore", DeprecationWarning)
+import tracelet
+from tracelet.spool.lease import shipper_alive
+exp = tracelet.start_logging(exp_name="many", project="fork", backend="otlp", run_id="many")
+exp.log_metric("parent", 0.0, iteration=0)
+exp.flush(timeout=60)
+descriptors = lambda pid: len(os.listdir(f"/proc/{pid}/fd"))
+before = None
+for child in range(int(sys.argv[1])):
+    pid = os.fork()
+    if pid == 0:
+        exp.log_metric("child", child, iteration=child)
+        os._exit(0)
+    os.waitpid(pid, 0)
+    if child == 20:
+        before = descriptors(os.getpid())
+assert descriptors(os.getpid()) <= before, (descriptors(os.getpid()), before)
+assert exp.flush(timeout=60)
+print(descriptors(shipper_alive(exp._run.folder)))
+"""
+
+
+def test_workers_that_come_and_go_by_the_hundred_leave_no_descriptor_behind(
+    tmp_path: Path, otlp_sink: HttpSink
+) -> None:
+    count = 1_000 if SOAK else 200
+    done = finished(tmp_path, MANY, count, limit_s=300, OTEL_EXPORTER_OTLP_ENDPOINT=otlp_sink.url)
+    assert done.returncode == 0, done.stderr
+    until(lambda: len(otlp_sink.points("many")) == count + 1, 60)
+    assert sorted(point.iteration for point in otlp_sink.points("many") if point.name == "child") == list(range(count))
+    assert int(done.stdout) < 100
