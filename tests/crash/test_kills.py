@@ -24,6 +24,8 @@ import pytest
 from tests.programs import started, written
 from tests.sinks import HttpSink, attributes, until
 from tests.spooled import folder_of
+from tracelet import launch
+from tracelet.core import delivery, process
 from tracelet.spool import store
 from tracelet.spool.lease import shipper_alive
 
@@ -144,11 +146,11 @@ from tracelet.core import artifacts, claim, delivery, experiment, run, values
 from tracelet.spool import files, writer
 writer.Writer.__init__.__kwdefaults__["slots_per_segment"] = 64  # rolls come soon
 
-ours, at, step = os.path.dirname(tracelet.__file__), 0, int(sys.argv[1])
+at, step, where = 0, int(sys.argv[1]), sys.argv[3:] or [os.path.dirname(tracelet.__file__)]
 
 def watch(frame, event, arg):
     global left
-    if not frame.f_code.co_filename.startswith(ours):
+    if not frame.f_code.co_filename.startswith(tuple(where)):
         return None
     if event == "line":
         left -= 1
@@ -223,6 +225,30 @@ def test_a_kill_at_any_line_of_start_roll_over_or_stop_loses_nothing_acknowledge
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(lines) > 50
     ship(clean_environment)
+    look(clean_environment, file, lines)
+
+
+def test_a_kill_at_any_line_that_starts_or_awaits_the_shipper_leaves_nothing_undelivered(
+    tmp_path: Path, clean_environment: Path
+) -> None:
+    script, file = written(tmp_path, LINES), tmp_path / "out.jsonl"
+    step = random.Random(time.time_ns()).randrange(*(2, 4) if SOAK else (15, 25))
+    where = [launch.__file__, delivery.__file__, process.__file__]
+    done = subprocess.run(
+        [sys.executable, str(script), str(step), str(file), *where],
+        cwd=tmp_path, capture_output=True, text=True, timeout=1800 if SOAK else 120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(lines) > 8
+    # Where a shipper was started it delivers all by itself; who died before that one is shipped afterwards.
+    until(lambda: all(shipper_alive(folder) is None for folder in clean_environment.glob("*/*")), 90)
+    ship(clean_environment)
+    look(clean_environment, file, lines)
+
+
+def look(spool: Path, file: Path, lines: list[dict[str, Any]]) -> None:
+    """What each child told arrived once, and its run has the end that it can have."""
     found = points_of(file)
     for line in lines:
         run_id, told = f"line-{line['at']}", line["told"]
@@ -232,7 +258,7 @@ def test_a_kill_at_any_line_of_start_roll_over_or_stop_loses_nothing_acknowledge
         assert set(points.values()) <= {1}, line
         ends = [
             attempt.ended["status"]
-            for folder in clean_environment.glob(f"{run_id}/*")
+            for folder in spool.glob(f"{run_id}/*")
             if (manifest := store.read_manifest(folder)) is not None
             for attempt in manifest.attempts
             if attempt.ended is not None
