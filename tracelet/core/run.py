@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tracelet.core.ticket import Ticket
 from tracelet.errors import RunClosed, SpoolError
 from tracelet.guard import guard, logger
 from tracelet.records import (
+    ErrorInfo,
     FlushAsked,
     MetricNamed,
     ParamsLogged,
@@ -303,7 +305,7 @@ class Run:
             exit_code=ending.exit_code if first else None,
         )
         kind, payload = codec.encode(record)
-        self.writer.end(kind, payload, record.time_unix_nano)
+        self.writer.end(kind, payload, record.time_unix_nano, brief=codec.encode(_brief(record))[1])
         process.leave(self)
         self.delivery.after_end(record.seen_by, timeout_s)
 
@@ -331,6 +333,14 @@ def closed_error(run_id: str) -> RunClosed:
 
 def _name_frame(metric_id: int, name: str) -> tuple[int, bytes]:
     return codec.encode(MetricNamed(metric_id, name))
+
+
+def _brief(record: WriterEnded) -> WriterEnded:
+    """The end for a disk that has no room for a long one: without the traceback."""
+    error = record.error
+    if error is None:
+        return record
+    return replace(record, error=ErrorInfo(error.type[:200], error.message[:1000], ""))
 
 
 def _warn_no_iteration(name: str) -> None:

@@ -15,13 +15,19 @@ __all__ = ["AppendedSegment", "pack_points"]
 class AppendedSegment:
     """A segment written with system calls, for file systems where mapping could kill; used under the writer's lock."""
 
-    __slots__ = ("_synced_at", "_unsettled", "base", "capacity", "fd", "next", "number", "voids")
+    __slots__ = ("_room_to", "_synced_at", "_unsettled", "base", "capacity", "fd", "kept", "next", "number", "voids")
 
     SYNC_EVERY_S = 1.0
 
-    def __init__(self, fd: int, header: Header) -> None:
+    def __init__(self, fd: int, header: Header, *, end_kept: bool = False) -> None:
+        """`end_kept`: a point is written only where the slot behind it has room too, so that the END always has some.
+
+        Room ahead is zeros written there: where mapping is not allowed, fallocate often isn't to be had either.
+        """
         self.number = header.segment
-        self.capacity = header.capacity
+        self.kept = int(end_kept)
+        self.capacity = header.capacity - self.kept
+        self._room_to = HEADER_SIZE
         self.base = header.base
         self.fd = fd
         self.next = 0
@@ -30,6 +36,16 @@ class AppendedSegment:
         self._synced_at = time.monotonic()
         page = header.pack().ljust(HEADER_SIZE, b"\0")
         if os.pwrite(fd, page, 0) != HEADER_SIZE:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self._have_room(0)
+
+    def _have_room(self, slot: int) -> None:
+        """See that the slot behind `slot` has room: one page more at a time."""
+        if not self.kept or self._room_to >= HEADER_SIZE + SLOT_SIZE * (slot + 2):
+            return
+        end = min(self._room_to + HEADER_SIZE, HEADER_SIZE + SLOT_SIZE * (self.capacity + self.kept))
+        self._room_to += os.pwrite(self.fd, bytes(end - self._room_to), self._room_to)
+        if self._room_to < end:
             raise OSError(errno.ENOSPC, "No space left on device")
 
     def head(self) -> int:
@@ -41,6 +57,21 @@ class AppendedSegment:
         slot = self.next
         if slot >= self.capacity:
             return None
+        self._have_room(slot)
+        return self._fill(slot, time_unix_nano, value, iteration, metric_id, kind)
+
+    def put_last(self, time_unix_nano: int, value: float, iteration: int, metric_id: int, kind: int) -> int | None:
+        if self._unsettled >= 0:
+            self._settle()
+        slot = self.next
+        if slot >= self.capacity + self.kept:
+            return None
+        self.capacity, self.kept = self.capacity + self.kept, 0
+        return self._fill(slot, time_unix_nano, value, iteration, metric_id, kind)
+
+    def _fill(  # noqa: PLR0917
+        self, slot: int, time_unix_nano: int, value: float, iteration: int, metric_id: int, kind: int
+    ) -> int:
         # Taken before it is written: after an interrupt the next record must not land on this one, which a reader
         # may have delivered already. Whether an interrupted one was written is found out by whoever comes next,
         # since here a second interrupt could cut that short.
@@ -93,6 +124,12 @@ class AppendedSegment:
             os.pwrite(self.fd, SLOT.pack(0, 0.0, 0, 0, self.base | VOID), at)
             self.voids += 1
         self._unsettled = -1
+
+    def close(self) -> None:
+        """Let the file go; again is no harm."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
 
     def seize(self) -> None:
         if self._unsettled >= 0:

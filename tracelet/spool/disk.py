@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["NO_ROOM", "allocate", "may_map"]
+from tracelet.errors import SpoolError, SpoolFull
+
+__all__ = ["CANT_ALLOCATE", "NO_ROOM", "allocate", "may_map", "refused"]
 
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """The errors that mean "no room" rather than "not allowed" or "broken"."""
+
+CANT_ALLOCATE = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV})
+"""What fallocate(2) says where the file system, or the system, has no such thing."""
+
+_KEEP_SIZE = 1  # FALLOC_FL_KEEP_SIZE, linux/falloc.h
+
+
+def refused(folder: Path, error: OSError) -> SpoolError:
+    """The error to raise where a spool folder can't be made or written: a `SpoolFull` where there is no room."""
+    full = error.errno in NO_ROOM
+    kind = SpoolFull if full else SpoolError
+    what = "has no room" if full else "can't be written"
+    then = "free some, or raise TRACELET_MAX_BYTES" if full else "make it writable, or set TRACELET_DIR"
+    return kind(f"the spool folder {folder} {what} ({error.strerror or error}): {then}", folder=str(folder))
+
 
 # Here an allocated block takes a mapped store whatever happens. On btrfs and ZFS a store needs new room, on NFS and
 # FUSE an answer from somewhere else; a page that can't be had is SIGBUS, which kills training.
@@ -55,8 +74,8 @@ def may_map(folder: Path) -> bool:
     return False
 
 
-def allocate(fd: int, size: int) -> None:
-    """Give the file `size` bytes of real room, by fallocate(2) itself.
+def allocate(fd: int, size: int, *, at: int = 0, keep_size: bool = False) -> None:
+    """Give the file `size` bytes of real room from `at` on, by fallocate(2) itself. `keep_size`: it looks no longer.
 
     glibc's posix_fallocate (and so `os.posix_fallocate`) writes a byte into each block where the file system can't
     allocate, which looks like success and promises nothing.
@@ -64,11 +83,20 @@ def allocate(fd: int, size: int) -> None:
     Raises:
         OSError: no room (see `NO_ROOM`), or not supported here.
     """
+    code = errno.EINTR
+    while code == errno.EINTR:
+        code = _fallocate()(fd, _KEEP_SIZE if keep_size else 0, at, size)
+    if code:
+        raise OSError(code, os.strerror(code))
+
+
+@functools.cache
+def _fallocate() -> Callable[[int, int, int, int], int]:
+    """fallocate(2), which answers with 0 or the number of its error."""
     import ctypes
 
-    fallocate = ctypes.CDLL(None, use_errno=True).fallocate
-    fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-    while fallocate(fd, 0, 0, size) != 0:
-        code = ctypes.get_errno()
-        if code != errno.EINTR:
-            raise OSError(code, os.strerror(code))
+    found = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
+    if found is None:
+        return lambda fd, mode, at, size: errno.ENOSYS
+    found.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    return lambda fd, mode, at, size: ctypes.get_errno() if found(fd, mode, at, size) != 0 else 0

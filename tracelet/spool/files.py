@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
 
 from tracelet.spool.appended import AppendedSegment
-from tracelet.spool.disk import NO_ROOM, allocate
-from tracelet.spool.frames import END_FLAG, FrameWriter
+from tracelet.spool.disk import CANT_ALLOCATE, NO_ROOM, allocate
+from tracelet.spool.frames import FrameWriter
 from tracelet.spool.lease import WriterLock
 from tracelet.spool.points import (
     FRAME,
@@ -47,10 +46,12 @@ class FileSet:
         admit: Callable[[int], None],
         *,
         sync_at_roll: bool = False,
+        end_kept: bool = False,
     ) -> None:
         """Make the files and write the opening frame (kind, payload, time).
 
         `sync_at_roll`: flush a full file to the disk before leaving it, so that `sync` is about all that was written.
+        `end_kept`: keep a slot and a few kilobytes free all the time, so that `end` has room whatever else has none.
 
         Raises:
             OSError: the folder can't be written, or has no room.
@@ -66,12 +67,13 @@ class FileSet:
         self._mapped = mapped
         self._admit = admit
         self._sync_at_roll = sync_at_roll
+        self._end_kept = end_kept
         self._slots_before = 0  # of segments left behind
         self._voids_before = 0
-        self._fd = -1
+        self._next: Segment | None = None  # the one behind `segment`, once that is full
         self._lock = WriterLock(folder, self.writer)
         try:
-            self._frame_writer = FrameWriter(folder, self.writer, admit, sync_at_roll=sync_at_roll)
+            self._frame_writer = FrameWriter(folder, self.writer, admit, sync_at_roll=sync_at_roll, end_kept=end_kept)
             self.segment: Segment = self._new_segment(1)
             self.frame(*opening)
         except BaseException:
@@ -83,14 +85,14 @@ class FileSet:
         self._lock.discard()
         if hasattr(self, "_frame_writer"):
             self._frame_writer.close()
-        self._close_fd()
+        self._close_segments()
         for path in self._folder.glob(f"{self.writer}-*"):
             path.unlink(missing_ok=True)
 
-    def _close_fd(self) -> None:
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+    def _close_segments(self) -> None:
+        for segment in (getattr(self, "segment", None), self._next):
+            if isinstance(segment, AppendedSegment):
+                segment.close()
 
     @property
     def visible(self) -> bool:
@@ -111,14 +113,10 @@ class FileSet:
             self._admit(size)  # it grows to that
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
             try:
-                appended = AppendedSegment(fd, header)
+                return AppendedSegment(fd, header, end_kept=self._end_kept)
             except BaseException:
                 os.close(fd)
                 raise
-            old, self._fd = self._fd, fd
-            if old >= 0:
-                os.close(old)
-            return appended
         fd = self._take_spare(path, size)
         if fd < 0:
             self._admit(size)
@@ -126,11 +124,11 @@ class FileSet:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             allocate(fd, size)  # for a spare too: it costs 1 us where the room is there already
-            return MappedSegment(fd, header)
+            return MappedSegment(fd, header, end_kept=self._end_kept)
         except OSError as error:
             if error.errno in NO_ROOM:
                 path.unlink(missing_ok=True)
-            elif error.errno in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV):
+            elif error.errno in CANT_ALLOCATE:
                 self._mapped = False
                 return self._new_segment(number)
             raise
@@ -149,27 +147,31 @@ class FileSet:
             os.close(fd)  # made for another size; the caller makes the file anew
         return -1
 
-    def _full(self) -> bool:
-        return self.segment.head() >= self.segment.capacity
-
-    def roll(self) -> None:
-        """Go on in a new segment if this one is full.
+    def _have_room(self) -> None:
+        """See that the next record has a slot: of a full segment the one kept for the END, once there is another one.
 
         Raises:
             OSError: there is none to be had.
         """
-        old = self.segment
-        if old.head() >= old.capacity:
+        if self._next is None and self.segment.head() >= self.segment.capacity:
             if self._sync_at_roll:
                 self._sync_segment()
-            new = self._new_segment(old.number + 1)
-            if isinstance(new, MappedSegment):
-                new.learn(self.ids)
-            self.segment, self._slots_before, self._voids_before = (
-                new,
-                self._slots_before + old.capacity,
-                self._voids_before + old.voids,
-            )
+            self._next = self._new_segment(self.segment.number + 1)
+
+    def _roll(self) -> None:
+        """Go on in the next segment."""
+        old, new = self.segment, self._next
+        assert new is not None, "made by `_have_room`"
+        if isinstance(new, MappedSegment):
+            new.learn(self.ids)
+        self.segment, self._slots_before, self._voids_before, self._next = (
+            new,
+            self._slots_before + old.head(),
+            self._voids_before + old.voids,
+            None,
+        )
+        if isinstance(old, AppendedSegment):
+            old.close()
 
     # ---- records ----------------------------------------------------------------------------------------------
 
@@ -179,11 +181,14 @@ class FileSet:
         while True:
             segment = self.segment
             slot = segment.put(time_unix_nano, value, iteration, metric_id, kind)
+            if slot is None:
+                self._have_room()
+                slot = segment.put_last(time_unix_nano, value, iteration, metric_id, kind)
+                self._roll()
             if slot is not None:
                 return Address(self.writer, segment.number, slot)
-            self.roll()
 
-    def frame(self, kind: int, payload: bytes, time_unix_nano: int, *, end: bool = False) -> Address:
+    def frame(self, kind: int, payload: bytes, time_unix_nano: int) -> Address:
         """Write a frame and then its slot.
 
         Raises:
@@ -191,9 +196,9 @@ class FileSet:
         """
         if self.abandoned:
             raise Abandoned
-        self.roll()  # first, so that a full disk leaves no frame without a slot
-        number, offset = self._frame_writer.append(kind, payload, END_FLAG if end else 0)
-        address = self._put(time_unix_nano, 1.0 if end else 0.0, offset, number, FRAME)
+        self._have_room()  # first, so that a full disk leaves no frame without a slot
+        number, offset = self._frame_writer.append(kind, payload)
+        address = self._put(time_unix_nano, 0.0, offset, number, FRAME)
         self.frames += 1
         return address
 
@@ -222,7 +227,9 @@ class FileSet:
         with memoryview(records) as left:
             at = 0
             while at < len(left):
-                self.roll()
+                self._have_room()
+                if self._next is not None:
+                    self._roll()
                 segment = self.segment
                 assert isinstance(segment, AppendedSegment), "mapped files are filled one by one, by the hot path"
                 at += SLOT_SIZE * segment.put_many(left[at:])
@@ -246,22 +253,38 @@ class FileSet:
 
     def to_sync(self) -> list[int]:
         """Duplicates of the descriptors that a flush is about, for the caller to flush and to close."""
-        return [os.dup(fd) for fd in (self._frame_writer.descriptor, self._fd) if fd >= 0]
+        fds = [self._frame_writer.descriptor]
+        if isinstance(self.segment, AppendedSegment):
+            fds.append(self.segment.fd)
+        return [os.dup(fd) for fd in fds if fd >= 0]
 
     def _sync_segment(self) -> None:
         if isinstance(self.segment, MappedSegment):
             self.segment.buffer.flush()
-        elif self._fd >= 0:
-            os.fdatasync(self._fd)
+        elif isinstance(self.segment, AppendedSegment) and self.segment.fd >= 0:
+            os.fdatasync(self.segment.fd)
 
     def end(self, kind: int, payload: bytes, time_unix_nano: int) -> Address:
-        """Write the END: the last slot."""
-        address = self.frame(kind, payload, time_unix_nano, end=True)
+        """Write the END: the last slot. Needs no room but what was kept for it, unless the payload is longer.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        if self.abandoned:
+            raise Abandoned
+        number, offset = self._frame_writer.append_last(kind, payload)
+        slot = self.segment.put_last(time_unix_nano, 1.0, offset, number, FRAME)
+        if slot is None:
+            self._have_room()
+            self._roll()
+            slot = self.segment.put_last(time_unix_nano, 1.0, offset, number, FRAME)
+        assert slot is not None, "a new segment has a slot"
+        self.frames += 1
         self.ended = True
-        return address
+        return Address(self.writer, self.segment.number, slot)
 
     def close(self) -> None:
         """Let files and lock go. A mapping goes when its last user does."""
-        self._frame_writer.close()
-        self._close_fd()
+        self._frame_writer.close(mine=not self.abandoned)
+        self._close_segments()
         self._lock.release()

@@ -11,6 +11,7 @@ A frames file is a header of 64 bytes and then frames, little endian:
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import struct
@@ -20,6 +21,7 @@ from typing import NamedTuple
 from zlib import crc32
 
 from tracelet.errors import SpoolError, SpoolFormatError
+from tracelet.spool.disk import CANT_ALLOCATE, allocate
 
 __all__ = ["END_FLAG", "Frame", "FrameWriter", "frames_name", "read_frame", "scan"]
 
@@ -34,6 +36,10 @@ _SYNC_BYTES = SYNC.to_bytes(4, "little")
 END_FLAG = 1
 ROLL_AT = 16 * 2**20
 MAX_PAYLOAD = 256 * 2**20
+RESERVE = 8192
+"""Room that a file has behind its last frame, for the writer's END: a disk may be full when a run ends."""
+_STEP = 4096
+_MOST_ROOM = RESERVE + 2 * _STEP
 
 
 class Frame(NamedTuple):
@@ -59,8 +65,20 @@ def pack_frame(kind: int, flags: int, payload: bytes) -> bytes:
 class FrameWriter:
     """Appends frames to one writer's frames files; used under the writer's lock."""
 
-    def __init__(self, folder: Path, writer: str, admit: Callable[[int], None], *, sync_at_roll: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        writer: str,
+        admit: Callable[[int], None],
+        *,
+        sync_at_roll: bool = False,
+        end_kept: bool = False,
+    ) -> None:
+        """`end_kept`: a frame is written only where `RESERVE` bytes behind it have room too; they are the END's."""
         self._sync_at_roll = sync_at_roll
+        self._reserve = RESERVE if end_kept else 0
+        self._room_to = 0
+        self._zeros = False  # room is zeros that are written, because this file system allocates none
         self._folder = folder
         self._writer = writer
         self._admit = admit
@@ -68,7 +86,7 @@ class FrameWriter:
         self._end = 0
         self._number = 0
 
-    def append(self, kind: int, payload: bytes, flags: int = 0) -> tuple[int, int]:
+    def append(self, kind: int, payload: bytes) -> tuple[int, int]:
         """Write one frame; returns the number of its file and its offset there.
 
         Raises:
@@ -81,10 +99,64 @@ class FrameWriter:
                 " log it as an artifact",
                 size=len(payload),
             )
-        data = pack_frame(kind, flags, payload)
+        data = pack_frame(kind, 0, payload)
         self._admit(len(data))
         if self._fd < 0 or self._end >= ROLL_AT:
             self._roll()
+        try:
+            self._have_room(len(data))
+            return self._write(data)
+        except OSError as error:
+            if error.errno != errno.EFBIG or self._end <= HEADER_SIZE:
+                raise
+        self._roll()  # a limit on the size of files (RLIMIT_FSIZE): the next one has room
+        self._have_room(len(data))
+        return self._write(data)
+
+    def append_last(self, kind: int, payload: bytes) -> tuple[int, int]:
+        """As `append`, for the writer's END: into the room that was kept for it, whatever the quota says.
+
+        Raises:
+            OSError: it is longer than that, and there is no other room.
+        """
+        data = pack_frame(kind, END_FLAG, payload)
+        try:
+            return self._write(data)
+        except OSError:
+            self._roll()
+            return self._write(data)
+
+    def _have_room(self, size: int) -> None:
+        """See that a frame of `size` bytes leaves the END its room, before anything of the frame is written."""
+        wanted = self._end + size + self._reserve
+        if not self._reserve or wanted <= self._room_to:
+            return
+        wanted += -wanted % _STEP
+        if not self._zeros:
+            try:
+                allocate(self._fd, wanted - self._end, at=self._end, keep_size=True)
+            except OSError as error:
+                if error.errno not in CANT_ALLOCATE:
+                    raise
+                self._zeros = True
+        if self._zeros:
+            self._write_zeros(max(self._end, self._room_to), wanted)
+        self._room_to = wanted
+
+    def _write_zeros(self, start: int, end: int) -> None:
+        at = start
+        try:
+            while at < end:
+                more = os.pwrite(self._fd, bytes(min(end - at, 2**20)), at)
+                if more == 0:
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                at += more
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._fd, start)
+            raise
+
+    def _write(self, data: bytes) -> tuple[int, int]:
         fd, offset = self._fd, self._end
         # The place is taken before it is written: a record made by a signal handler meanwhile goes behind this one.
         self._end = offset + len(data)
@@ -105,7 +177,7 @@ class FrameWriter:
             return  # something stands behind it; the reader passes over the torn frame
         try:
             os.ftruncate(fd, offset)
-            self._end = offset
+            self._end = self._room_to = offset
         except OSError:
             self._end = ROLL_AT  # leave the file for a new one
 
@@ -124,9 +196,9 @@ class FrameWriter:
             os.close(fd)
             raise
         old = self._fd
-        self._fd, self._number, self._end = fd, number, HEADER_SIZE
+        left, self._fd, self._number, self._end, self._room_to = self._end, fd, number, HEADER_SIZE, HEADER_SIZE
         if old >= 0:
-            os.close(old)
+            self._let_go(old, left)
 
     @property
     def descriptor(self) -> int:
@@ -138,10 +210,20 @@ class FrameWriter:
         if self._fd >= 0:
             os.fdatasync(self._fd)
 
-    def close(self) -> None:
-        """Let the file go."""
+    def _let_go(self, fd: int, end: int) -> None:
+        """Close a file that gets no more frames, without the room it had for one."""
+        if self._reserve:
+            with contextlib.suppress(OSError):  # it stays as long as it is: zeros at the end are no frames
+                if end <= os.fstat(fd).st_size:
+                    os.ftruncate(fd, end)
+        os.close(fd)
+
+    def close(self, *, mine: bool = True) -> None:
+        """Let the file go. Not `mine`: another process writes it, and its room stays."""
         fd, self._fd = self._fd, -1
-        if fd >= 0:
+        if fd >= 0 and mine:
+            self._let_go(fd, self._end)
+        elif fd >= 0:
             os.close(fd)
 
 
@@ -188,6 +270,8 @@ def scan(fd: int, damaged: Callable[[int, int], None] | None = None) -> Iterator
             yield frame
             offset = frame.end
             continue
+        if size - offset <= _MOST_ROOM and not any(os.pread(fd, size - offset, offset)):
+            return  # room kept for the END
         data = data or os.pread(fd, size, 0)
         start = offset
         offset = data.find(_SYNC_BYTES, start + 1)

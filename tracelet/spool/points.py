@@ -122,7 +122,7 @@ class Segment(Protocol):
     """Where one set of files puts its slots at present."""
 
     number: int
-    capacity: int
+    capacity: int  # without the slot that may be kept for the END
     voids: int
 
     def head(self) -> int:
@@ -131,6 +131,10 @@ class Segment(Protocol):
 
     def put(self, time_unix_nano: int, value: float, iteration: int, metric_id: int, kind: int) -> int | None:
         """Take a slot, fill it and return it; None where the segment is full."""
+        ...
+
+    def put_last(self, time_unix_nano: int, value: float, iteration: int, metric_id: int, kind: int) -> int | None:
+        """As `put`; in a full segment the slot that was kept for the END is taken. None where that is gone too."""
         ...
 
     def seize(self) -> None:
@@ -156,16 +160,20 @@ _StructError = struct.error
 class MappedSegment:
     """A segment in a mapped file: a slot is taken without a lock and filled without a system call."""
 
-    __slots__ = ("base", "buffer", "capacity", "number", "slots", "voids", "words")
+    __slots__ = ("base", "buffer", "capacity", "kept", "number", "slots", "voids", "words")
 
-    def __init__(self, fd: int, header: Header) -> None:
-        """Map `fd`, whose whole size must have been allocated (a store into a hole of a full disk is SIGBUS)."""
+    def __init__(self, fd: int, header: Header, *, end_kept: bool = False) -> None:
+        """Map `fd`, whose whole size must have been allocated (a store into a hole of a full disk is SIGBUS).
+
+        `end_kept`: the last slot is for the END alone, so that a run can end on a disk that has room for nothing else.
+        """
         self.words: dict[str, int] = {}  # each known name's metric id and this segment's POINT marker, as one word
         self.number = header.segment
-        self.capacity = header.capacity
+        self.kept = int(end_kept)
+        self.capacity = header.capacity - self.kept
         self.base = header.base
-        end = HEADER_SIZE + SLOT_SIZE * header.capacity
-        self.buffer = mmap.mmap(fd, end)
+        end = HEADER_SIZE + SLOT_SIZE * self.capacity
+        self.buffer = mmap.mmap(fd, HEADER_SIZE + SLOT_SIZE * header.capacity)
         self.buffer[: len(header.pack())] = header.pack()
         # The offsets of the free slots. A range's iterator, because it gives the offset itself and runs dry where the
         # segment is full: no arithmetic, and no exception to be told from others. Its next() is one C call under the
@@ -196,6 +204,17 @@ class MappedSegment:
                 self.voids += 1
             raise
         return (offset - HEADER_SIZE) // SLOT_SIZE
+
+    def put_last(self, time_unix_nano: int, value: float, iteration: int, metric_id: int, kind: int) -> int | None:
+        slot = self.put(time_unix_nano, value, iteration, metric_id, kind)
+        if slot is None and self.kept:
+            self.slots, self.capacity, self.kept = (
+                iter((HEADER_SIZE + SLOT_SIZE * self.capacity,)),
+                self.capacity + 1,
+                0,
+            )
+            slot = self.put(time_unix_nano, value, iteration, metric_id, kind)
+        return slot
 
     def seize(self) -> None:
         self.slots = iter(list(self.slots))  # emptied by one C call, so no thread gets a slot in between

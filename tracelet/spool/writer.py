@@ -12,9 +12,9 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple, TypeVar
 
-from tracelet.errors import SpoolError, SpoolFull
+from tracelet.errors import SpoolError
 from tracelet.guard import guard
-from tracelet.spool.disk import NO_ROOM, may_map
+from tracelet.spool.disk import may_map, refused
 from tracelet.spool.files import Abandoned, FileSet
 from tracelet.spool.points import Address, Log, Seldom, fuse
 from tracelet.spool.store import make_folder, usage
@@ -85,7 +85,7 @@ class Writer:
         self._sets: dict[int, FileSet] = {}
         self._inherited: list[FileSet] = []
         self._ended = False
-        self._end_due: tuple[int, bytes, int] | None = None
+        self._end_due: tuple[int, bytes, bytes, int] | None = None
         self._refused = 0
         self._retry_at = 0.0
         self._used = 0
@@ -116,7 +116,7 @@ class Writer:
         try:
             return self._locked(lambda files: files.frame(kind, payload, time_unix_nano))
         except OSError as error:
-            raise self._error(error) from error
+            raise refused(self._folder, error) from error
 
     @property
     def iteration(self) -> int:
@@ -155,8 +155,11 @@ class Writer:
             for files in list(self._sets.values()):
                 files.sync()
 
-    def end(self, kind: int, payload: bytes, time_unix_nano: int) -> None:
+    def end(self, kind: int, payload: bytes, time_unix_nano: int, *, brief: bytes | None = None) -> None:
         """Make new calls raise, wait briefly for threads inside, and write the END of every set of files.
+
+        Room for a payload of 8 kB is kept from the start, so a full disk, or TRACELET_MAX_BYTES, hinders no end.
+        `brief`: what to write in its place if it is longer than that and has no room.
 
         Called by a signal handler while its own thread is writing, the END follows when that write is done.
         """
@@ -164,7 +167,7 @@ class Writer:
         self._fused.publish(None)
         with self._lock:
             if self._end_due is None:
-                self._end_due = (kind, payload, time_unix_nano)
+                self._end_due = (kind, payload, payload if brief is None else brief, time_unix_nano)
             if self._depth == 0:
                 self._write_end()
 
@@ -218,7 +221,8 @@ class Writer:
         if self._mapped is None:
             self._mapped = may_map(self._folder)
         kind, payload = self._opening(role)
-        return FileSet(self._folder, (kind, payload, time.time_ns()), self._capacity, self._mapped, self._admit)
+        opening = (kind, payload, time.time_ns())
+        return FileSet(self._folder, opening, self._capacity, self._mapped, self._admit, end_kept=True)
 
     def _admit(self, size: int) -> None:
         if self._max_bytes is None:
@@ -259,14 +263,9 @@ class Writer:
         except OSError as error:
             self._refused += 1
             self._retry_at = time.monotonic() + _RETRY_AFTER_S
-            guard.limited("write a point", "points are not recorded (%d so far): %s", self._refused, self._error(error))
-
-    def _error(self, error: OSError) -> SpoolError:
-        full = error.errno in NO_ROOM
-        kind = SpoolFull if full else SpoolError
-        what = "has no room" if full else "can't be written"
-        then = "free some, or raise TRACELET_MAX_BYTES" if full else "make it writable, or set TRACELET_DIR"
-        return kind(f"the spool folder {self._folder} {what} ({error.strerror}): {then}", folder=str(self._folder))
+            guard.limited(
+                "write a point", "points are not recorded (%d so far): %s", self._refused, refused(self._folder, error)
+            )
 
     def _without_iteration(self, name: str) -> int:
         """0, for a call without an iteration while none was ever set; says so once, at a name's second."""
@@ -293,7 +292,11 @@ class Writer:
             try:
                 files.segment.seize()
                 self._void(files)
-                files.end(*due)
+                kind, payload, brief, time_unix_nano = due
+                try:
+                    files.end(kind, payload, time_unix_nano)
+                except OSError:
+                    files.end(kind, brief, time_unix_nano)
             except (OSError, SpoolError) as error:
                 guard.note("write the end of the run to its spool", error)
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import stat
@@ -13,12 +14,13 @@ from types import FrameType
 
 import pytest
 
-from tests.unit.spool.pens import ENDED, NAMED, TEXT, drain, end, name_frame, only, pen, to_float
+from tests.unit.spool.pens import ENDED, NAMED, OPENED, TEXT, drain, end, name_frame, only, pen, to_float
 from tracelet.errors import InvalidValue, RunClosed, SpoolError, SpoolFull
 from tracelet.guard import guard
 from tracelet.spool.points import Address
 from tracelet.spool.reader import START, SlotRange, SpoolReader
 from tracelet.spool.store import make_spares, usage
+from tracelet.spool.writer import Writer
 
 both_ways = pytest.mark.parametrize("mapped", [True, False], ids=["mapped", "appended"])
 
@@ -200,15 +202,91 @@ def test_after_the_end_every_call_raises_and_a_second_end_does_nothing(tmp_path:
     assert [kind for kind, _ in story.frames].count(ENDED) == 1
 
 
-def test_an_end_in_a_full_segment_opens_another_for_itself(tmp_path: Path) -> None:
-    writer = pen(tmp_path, slots_per_segment=8)
-    for i in range(6):
-        writer.log("a", 1.0, i)  # opening, name, six points: full
-    assert writer.heads() == (Address(str(writer.writer_id), 1, 8),)
+@both_ways
+def test_an_end_takes_the_slot_kept_for_it_or_the_next_segments(tmp_path: Path, mapped: bool) -> None:
+    for count, at in ((5, 7), (6, 0), (7, 1)):  # behind the opening and the name; the eighth record needs a segment
+        folder = tmp_path / str(count)
+        writer = pen(folder, slots_per_segment=8, mapped=mapped)
+        for i in range(count):
+            writer.log("a", 1.0, i)
+        name = str(writer.writer_id)
+        assert writer.heads() == (Address(name, 1 if at == 7 else 2, at),)
+        end(writer)
+        assert writer.heads() == (Address(name, 1 if at == 7 else 2, at + 1),)
+        story = only(drain(folder))
+        assert [i for _, _, i in story.points] == list(range(count))
+        assert story.slots()[-1] == (1 if at == 7 else 2, at)
+        assert (story.voids, story.ended) == (0, True)
+
+
+def fill(writer: Writer) -> None:
+    while True:
+        writer.frame(TEXT, b"more", 1)
+
+
+@both_ways
+def test_an_end_has_room_where_the_quota_leaves_none(tmp_path: Path, mapped: bool, lenient: None) -> None:
+    for limit in range(30_000, 43_000, 1024):
+        folder = tmp_path / str(limit)
+        writer = pen(folder, slots_per_segment=128, max_bytes=limit, mapped=mapped)
+        for i in range(3000):
+            writer.log("a", 1.0, i)
+            if writer.counts().refused:
+                break
+        with pytest.raises(SpoolFull):
+            fill(writer)
+        points = writer.counts().points
+        end(writer)
+        story = only(drain(folder))
+        assert len(story.points) == points
+        assert story.ended
+        assert usage(folder) <= limit + 8192 + 4096
+
+
+def test_the_room_kept_for_the_end_is_no_damage_and_goes_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: object, **__: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "no fallocate here")
+
+    monkeypatch.setattr("tracelet.spool.frames.allocate", none)
+    writer = pen(tmp_path, mapped=False)
+    writer.log("a", 1.0, 1)
+    writer.frame(TEXT, b"text", 1)
+    (path,) = tmp_path.glob("*.frames")
+    assert path.read_bytes().endswith(bytes(8192))
+    reader = SpoolReader(tmp_path)
+    assert [kind for kind, _ in reader.scan_frames(str(writer.writer_id))] == [OPENED, NAMED, TEXT]
+    assert reader.damaged_frames == 0
+    reader.close()
     end(writer)
-    story = only(drain(tmp_path))
-    assert len(story.points) == 6
-    assert story.ended
+    assert path.read_bytes().endswith(b"{}")
+    assert only(drain(tmp_path)).ended
+
+
+def test_a_forked_childs_files_leave_the_parents_room_alone(tmp_path: Path) -> None:
+    writer = pen(tmp_path, mapped=False)
+    os.register_at_fork(after_in_child=writer.after_fork_in_child)
+    writer.log("a", 1.0, 1)
+    before, after = os.pipe()
+
+    def child() -> None:
+        os.read(before, 1)  # the parent has written on, behind what the child knew as the end
+        writer.frame(TEXT, b"child", 1)
+
+    pid = os.fork()
+    if pid == 0:
+        try:
+            child()
+        finally:
+            os._exit(0)
+    writer.frame(TEXT, b"t" * 5000, 1)
+    os.write(after, b"!")
+    os.waitpid(pid, 0)
+    end(writer)
+    first, _ = drain(tmp_path, dead=True).values()
+    assert [len(payload) for kind, payload in first.frames if kind == TEXT] == [5000]
+    assert not first.damaged
 
 
 def test_folder_and_files_are_the_users_alone(tmp_path: Path) -> None:
