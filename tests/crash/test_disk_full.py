@@ -20,6 +20,7 @@ import pytest
 
 from tests.crash.disks import ext, tmpfs
 from tests.shipping import until
+from tests.sinks import HttpSink, Say
 from tests.spooled import folder_of
 from tracelet.shipper.process import ship
 from tracelet.spool.lease import shipper_alive
@@ -160,3 +161,50 @@ def test_a_run_at_its_quota_ends_as_it_did(tmp_path: Path, clean_environment: Pa
     assert settled(clean_environment)["status"] == "FINISHED"
     check(tmp_path, counted, said)
     assert usage(folder_of(clean_environment)) < 1_200_000
+
+
+QUOTA = """
+import json, sys, time
+import tracelet
+from tracelet.spool import store
+limit = int(sys.argv[2])
+exp = tracelet.start_logging(exp_name="quota", project="p", backend=tracelet.OTLP(sys.argv[1]), max_bytes=limit)
+most = step = 0
+for _ in range(40_000):
+    step += 1
+    exp.log_metric("loss", float(step), iteration=step)
+assert exp.flush(20)  # a run that gets on is the one that spare segments are made for
+until = time.monotonic() + 20
+while (exp.stats.refused < 100_000 or step < 800_000) and time.monotonic() < until:
+    for _ in range(20_000):
+        step += 1
+        exp.log_metric("loss", float(step), iteration=step)
+    most = max(most, store.usage(exp._run.folder))
+    time.sleep(0.1)  # a shipper makes a spare segment a second at most: it has to have the time for several
+exp.stop(timeout=0)
+counts = exp.stats
+print(json.dumps([step, counts.logged, counts.refused, most]))
+"""
+
+
+def test_a_quota_is_kept_while_a_shipper_makes_segments_ahead(
+    tmp_path: Path, clean_environment: Path, otlp_sink: HttpSink
+) -> None:
+    otlp_sink.rule = lambda _: (
+        Say(status=503) if len(otlp_sink.stored) > 2 and len(otlp_sink.points()) > 39_999 else None
+    )
+    limit = 8_000_000
+    command = [sys.executable, "-c", QUOTA, otlp_sink.url, str(limit)]
+    environ = {**os.environ, "PYTHONPATH": os.getcwd()}
+    done = subprocess.run(command, env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    step, logged, refused, most = json.loads(done.stdout)
+    assert most <= limit + 100_000  # the shipper's own files: a journal, a log
+    assert refused > 0
+    assert logged + refused == step
+    otlp_sink.rule = lambda _: None
+    folder = folder_of(clean_environment)
+    until(lambda: shipper_alive(folder) is None, 40)
+    taken = [point.iteration for point in otlp_sink.points()]
+    assert taken == sorted(set(taken))
+    assert len(taken) == logged

@@ -60,7 +60,7 @@ def claim(
         rank=0 if launch is None else launch.rank,
         destinations=destinations,
         shipper=settings.shipper,
-        extra={"keep": asdict(settings.keep)},
+        extra={"keep": asdict(settings.keep), "max_bytes": settings.max_bytes},
     )
     if launch is None:
         return _put(settings, given or ids.new_run_id(), attempt, None, derived=False)

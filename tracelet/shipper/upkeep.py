@@ -18,7 +18,7 @@ from tracelet.spool.disk import may_map
 from tracelet.spool.files import SPARES
 from tracelet.spool.reader import Position, SpoolReader
 
-__all__ = ["Upkeep", "keep_rule"]
+__all__ = ["Upkeep", "keep_rule", "max_bytes"]
 
 _SPARE_AFTER_SLOTS = 4096  # a run that never gets there never rolls, and needs no 2 MiB lying ready
 
@@ -55,7 +55,7 @@ class Upkeep:
         positions = [lane.positions for lane in lanes]
         alive = [writer for writer in site.writers if not site.is_over(writer)]
         if self._spares and any(_about_to_roll(where.get(writer)) for where in positions for writer in alive):
-            store.make_spares(site.folder)
+            store.make_spares(site.folder, max_bytes=max_bytes(site.manifest.attempts))
         if not alive:
             self.drop_spares()
         self._seal_all()
@@ -139,6 +139,12 @@ class Upkeep:
 
 def _about_to_roll(position: Position | None) -> bool:
     return position is not None and (position.segment > 1 or position.next >= _SPARE_AFTER_SLOTS)
+
+
+def max_bytes(attempts: Sequence[store.Attempt]) -> int | None:
+    """The newest attempt's TRACELET_MAX_BYTES; None: no limit."""
+    limit = attempts[-1].extra.get("max_bytes") if attempts else None
+    return limit if isinstance(limit, int) else None
 
 
 def keep_rule(kept: Mapping[str, object] | None) -> store.KeepRule:

@@ -117,6 +117,7 @@ class FileSet:
             except BaseException:
                 os.close(fd)
                 raise
+        self._admit(0)  # a spare counts already, but there may be too much of everything
         fd = self._take_spare(path, size)
         if fd < 0:
             self._admit(size)

@@ -272,18 +272,23 @@ def usage(folder: Path) -> int:
 # ---- for the shipper --------------------------------------------------------------------------------------------
 
 
-def make_spares(folder: Path, slots: int = 32768) -> int:
+def make_spares(folder: Path, slots: int = 32768, *, max_bytes: int | None = None) -> int:
     """Make the segments ahead that are missing; returns how many were made.
+
+    `max_bytes`: none where the folder would then hold more, less room for as many segments again: a writer looks at
+    the folder's size once a second, and may have made some of its own since.
 
     Written full of zeros: the pages are then in memory, and training's first stores there cost no fault of the disk.
     """
     made = 0
+    size = HEADER_SIZE + SLOT_SIZE * slots
     for name in SPARES:
         path = folder / name
         if path.exists():
             continue
+        if max_bytes is not None and usage(folder) + size * (1 + len(SPARES)) > max_bytes:
+            return made
         temporary = folder / f".{name}.{os.getpid()}"
-        size = HEADER_SIZE + SLOT_SIZE * slots
         try:
             fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
             try:
