@@ -372,7 +372,7 @@ def _write_down(folder: Path, new: Sequence[Mapping[str, Any]]) -> None:
             raise SpoolError(f"{folder} holds no run that has begun", folder=str(folder))
         return manifest.with_attempt(dataclasses.replace(attempt, destinations=(*attempt.destinations, *new)))
 
-    store.update_manifest(folder, change)
+    store.update_manifest(folder, change, make=False)
 
 
 def _names(facts: Facts) -> str:

@@ -175,7 +175,7 @@ def _manifest_for(folder: Path, destinations: Sequence[Mapping[str, Any]]) -> An
 
     if not destinations:
         return give(read_manifest(folder))
-    return update_manifest(folder, give)  # written down, so that every later shipper and reader knows
+    return update_manifest(folder, give, make=False)  # written down, so that every later shipper and reader knows
 
 
 # ---- the process's surroundings -------------------------------------------------------------------------------------

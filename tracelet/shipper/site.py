@@ -282,7 +282,7 @@ class Site:
             return current.with_attempt(dataclasses.replace(mine, ended=verdict.to_json()))
 
         try:
-            kept = store.update_manifest(self.folder, put).attempt(attempt.key)
+            kept = store.update_manifest(self.folder, put, make=False).attempt(attempt.key)
         except (OSError, SpoolError) as error:  # no room, or damaged: the end is delivered all the same
             guard.note("write an attempt's end into the manifest", error)
             return verdict

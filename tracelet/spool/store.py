@@ -15,9 +15,11 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from tracelet.errors import SpoolFormatError
-from tracelet.spool.disk import allocate
+from tracelet.guard import guard
+from tracelet.spool.disk import allocate, refused
 from tracelet.spool.files import SPARES
 from tracelet.spool.lease import require_own
 from tracelet.spool.points import HEADER_SIZE, SLOT_SIZE, segment_name
@@ -43,6 +45,8 @@ __all__ = [
 ]
 
 MANIFEST = "manifest.json"
+COPY = "manifest.copy.json"
+"""The same once more: a damaged manifest would leave whole records with nowhere to go, or send them to another run."""
 FORMAT = 1
 """The version of the folder's format; a reader refuses another one by name."""
 
@@ -152,19 +156,67 @@ def _known(kind: type[Any], fields: dict[str, Any]) -> dict[str, Any]:
     return {**known, "extra": {name: value for name, value in fields.items() if name not in names}}
 
 
+_CHECK = "crc32"  # the key of the checksum, over everything beside it
+_IS_ID = re.compile(r"[^/\0.][^/\0]*")  # it is part of file names
+_Type = type | tuple[type, ...]
+_MANIFEST_TYPES: dict[str, _Type] = {
+    "run_id": str,
+    "project": str,
+    "experiment_name": str,
+    "run_name": str,
+    "host": str,
+    "boot_id": str,
+    "attempts": list,
+}
+_ATTEMPT_TYPES: dict[str, _Type] = {
+    "key": str,
+    "started_unix_nano": int,
+    "pid": int,
+    "rank": int,
+    "number": int,
+    "destinations": list,
+    "ended": (dict, type(None)),
+    "shipper": str,
+    "lease_until_unix_nano": (int, type(None)),
+}
+_ENDED_TYPES: dict[str, _Type] = {
+    "status": str,
+    "end_unix_nano": int,
+    "seen_by": str,
+    "error": (dict, type(None)),
+    "exit_code": (int, type(None)),
+}
+_ERROR_TYPES: dict[str, _Type] = {"type": str, "message": str, "stacktrace": str}
+
+
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a run's folder; None where there is none yet.
+    """The manifest of a run's folder, or its copy where it is damaged; None where there is none yet.
 
     Raises:
-        SpoolFormatError: it can't be read, or is of a format this release doesn't know.
+        SpoolFormatError: neither can be read, or they are of a format this release doesn't know.
     """
-    path = folder / MANIFEST
+    try:
+        return _read_manifest(folder / MANIFEST)
+    except SpoolFormatError as error:
+        if "version" not in error.facts:
+            with contextlib.suppress(SpoolFormatError, OSError):
+                copy = _read_manifest(folder / COPY)
+                if copy is not None:
+                    guard.limited(f"damaged {folder}", "goes on with its copy: %s", error)
+                    return copy
+        raise
+
+
+def _read_manifest(path: Path) -> Manifest | None:
     try:
         text = path.read_bytes()
     except FileNotFoundError:
         return None
     try:
         fields = json.loads(text)
+        check = fields.pop(_CHECK, None)
+        if check is not None and check != _check(fields):
+            raise ValueError(f"its checksum is wrong; if it was changed by hand, take out its line {_CHECK!r}")
         version = fields["format"]
         if version != FORMAT:
             raise SpoolFormatError(
@@ -173,13 +225,15 @@ def read_manifest(folder: Path) -> Manifest | None:
                 path=str(path),
                 version=version,
             )
+        _expect(fields, _MANIFEST_TYPES)
         attempts = []
         for one in fields["attempts"]:
+            _expect_attempt(one)
             one["destinations"] = tuple(one.get("destinations", ()))
             attempts.append(Attempt(**_known(Attempt, one)))
         fields["attempts"] = tuple(attempts)
         return Manifest(**_known(Manifest, fields))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise SpoolFormatError(
             f"{path} can't be read ({error}): the records beside it are whole, but nothing says where they should go;"
             " put the manifest back, or start the run again by run_id= to write a new one in place of a removed one",
@@ -187,17 +241,59 @@ def read_manifest(folder: Path) -> Manifest | None:
         ) from error
 
 
-def update_manifest(folder: Path, change: Callable[[Manifest | None], Manifest]) -> Manifest:
-    """Replace the manifest by what `change` makes of it, under its lock; makes the folder if need be.
+def _expect(fields: Mapping[str, Any], types: Mapping[str, _Type]) -> None:
+    """Fields that are there have these types: who reads a manifest later must not stumble over a damaged one."""
+    for name, wanted in types.items():
+        if name in fields and (not isinstance(fields[name], wanted) or isinstance(fields[name], bool)):
+            raise ValueError(f"{name} is {fields[name]!r}")
 
-    Readers see the old or the new one, never half of it. `change` gets None where there is none yet.
+
+def _expect_attempt(attempt: Any) -> None:
+    _expect({"attempts": attempt}, {"attempts": dict})
+    _expect(attempt, _ATTEMPT_TYPES)
+    for destination in attempt.get("destinations", ()):
+        _expect({"destinations": destination}, {"destinations": dict})
+        _expect(destination, {"id": str, "kind": str, "spec": dict})
+        if not _IS_ID.fullmatch(destination["id"]) or not destination["kind"]:
+            raise ValueError(f"a destination has the id {destination['id']!r}")
+    ended = attempt.get("ended")
+    if ended is not None:
+        _expect({"status": None, "end_unix_nano": None, **ended}, _ENDED_TYPES)
+        if ended.get("error") is not None:
+            _expect({"type": None, "message": None, **ended["error"]}, _ERROR_TYPES)
+
+
+def _check(fields: Mapping[str, Any]) -> str:
+    return f"{crc32(json.dumps(fields, sort_keys=True).encode('ascii')):08x}"
+
+
+def update_manifest(folder: Path, change: Callable[[Manifest | None], Manifest], *, make: bool = True) -> Manifest:
+    """Replace the manifest by what `change` makes of it, under its lock.
+
+    Readers see the old or the new one, never half of it. `change` gets None where there is none yet. `make`: make the
+    folder if there is none; not where it is somebody else's, who may have deleted it.
+
+    Raises:
+        SpoolError: the folder can't be made or written, or has no room, or its manifest can't be read.
     """
-    make_folder(folder)
+    try:
+        if make:
+            make_folder(folder)
+        return _update_manifest(folder, change)
+    except OSError as error:
+        raise refused(folder, error) from error
+
+
+def _update_manifest(folder: Path, change: Callable[[Manifest | None], Manifest]) -> Manifest:
     fd = os.open(folder / "manifest.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)  # flock, not lockf: two threads of one process exclude each other too
         manifest = change(read_manifest(folder))
-        write_whole(folder / MANIFEST, (json.dumps(_to_json(manifest), indent=1) + "\n").encode("ascii"))
+        fields = _to_json(manifest)
+        data = (json.dumps({**fields, _CHECK: _check(fields)}, indent=1) + "\n").encode("ascii")
+        write_whole(folder / MANIFEST, data)
+        with contextlib.suppress(OSError):  # an older copy is better than none
+            write_whole(folder / COPY, data)
         return manifest
     finally:
         os.close(fd)
@@ -333,7 +429,7 @@ def move_delivered(
     over: Collection[str] = (),
     now_s: float | None = None,
 ) -> int:
-    """Move sealed segments that every destination has passed to delivered/; returns how many.
+    """Move sealed segments that every destination has passed to delivered/; returns how many. Makes no folder anew.
 
     `destinations` holds each destination's positions by writer; none at all moves nothing. `over` names the writers of
     a run that is over and delivered everywhere: their frames (names and params, which a restarted shipper needs) go
@@ -343,7 +439,9 @@ def move_delivered(
     if not positions:
         return 0
     moved = 0
-    target = make_folder(folder / DELIVERED)
+    target = folder / DELIVERED
+    with contextlib.suppress(FileExistsError):
+        target.mkdir(mode=0o700)
     for path in sorted(folder.glob("*.seal")):
         writer, _, number = path.stem.partition("-")
         segment = int(number)

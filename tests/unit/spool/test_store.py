@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.spool.pens import drain, end, only, pen
-from tracelet.errors import SpoolFormatError
+from tracelet.errors import SpoolError, SpoolFormatError
 from tracelet.spool.disk import _mounts, may_map
 from tracelet.spool.lease import ShipperLock, is_alive, shipper_alive
 from tracelet.spool.reader import Position
@@ -47,7 +47,8 @@ def attempt(key: str, started: int = 1, **more: object) -> Attempt:
 def test_a_manifest_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "b"
     assert read_manifest(folder) is None
-    one = attempt("k", destinations=({"id": "file-1", "kind": "file", "spec": {"path": "/x"}},), ended={"status": "F"})
+    ended = {"status": "F", "end_unix_nano": 2, "error": {"type": "E", "message": "é", "stacktrace": ""}}
+    one = attempt("k", destinations=({"id": "file-1", "kind": "file", "spec": {"path": "/x"}},), ended=ended)
     written = update_manifest(folder, lambda old: MANIFEST.with_attempt(one))
     assert read_manifest(folder) == written == MANIFEST.with_attempt(one)
     assert (folder / "manifest.json").stat().st_mode & 0o777 == 0o600
@@ -76,6 +77,7 @@ def test_what_a_newer_minor_version_added_is_kept(tmp_path: Path) -> None:
     update_manifest(tmp_path, lambda old: MANIFEST.with_attempt(attempt("k")))
     path = tmp_path / "manifest.json"
     fields = json.loads(path.read_text())
+    del fields["crc32"]  # as for a change by hand
     fields["colour"] = "red"
     fields["attempts"][0]["shape"] = [1]
     path.write_text(json.dumps(fields))
@@ -91,6 +93,72 @@ def test_a_manifest_that_cannot_be_read_says_so(tmp_path: Path, text: str) -> No
     (tmp_path / "manifest.json").write_text(text, encoding="latin-1")
     with pytest.raises(SpoolFormatError, match="manifest"):
         read_manifest(tmp_path)
+
+
+def test_no_damage_to_a_manifest_loses_or_changes_it(tmp_path: Path) -> None:
+    one = attempt("k", destinations=({"id": "file-1", "kind": "file", "spec": {"path": "/x"}},))
+    written = update_manifest(tmp_path, lambda old: MANIFEST.with_attempt(one))
+    path = tmp_path / "manifest.json"
+    whole = path.read_bytes()
+    for at in range(len(whole)):
+        for changed in (
+            whole[:at] + bytes((whole[at] ^ 1,)) + whole[at + 1 :],
+            whole[:at] + bytes((whole[at] ^ 0x80,)) + whole[at + 1 :],
+            whole[:at],
+            whole[:at] + bytes(len(whole) - at),
+        ):
+            path.write_bytes(changed)
+            found = read_manifest(tmp_path)
+            assert found is not None
+            assert replace(found, extra={}) == written  # a damaged *name* of the checksum is one key more
+    update_manifest(tmp_path, lambda old: old or MANIFEST)
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"run_id": 1},
+        {"host": None},
+        {"attempts": [1]},
+        {"attempts": [{"key": "k", "started_unix_nano": "1", "pid": 1, "rank": 0}]},
+        {"attempts": [{"key": "k", "started_unix_nano": 1, "pid": True, "rank": 0}]},
+        {"attempts": [{"key": "k", "started_unix_nano": 1, "pid": 1, "rank": 0, "destinations": [{"kind": "file"}]}]},
+        {"attempts": [{"key": "k", "started_unix_nano": 1, "pid": 1, "rank": 0, "destinations": ["file"]}]},
+        {"attempts": [{"key": "k", "started_unix_nano": 1, "pid": 1, "rank": 0, "ended": {"status": "FAILED"}}]},
+        {
+            "attempts": [
+                {
+                    "key": "k",
+                    "started_unix_nano": 1,
+                    "pid": 1,
+                    "rank": 0,
+                    "destinations": [{"id": "../x", "kind": "file"}],
+                }
+            ]
+        },
+    ],
+)
+def test_a_manifest_with_a_field_of_another_type_is_refused_by_name(tmp_path: Path, wrong: dict[str, object]) -> None:
+    fields = {"format": 1, "run_id": "r", "project": "p", "experiment_name": "e", "run_name": "n", "attempts": []}
+    (tmp_path / "manifest.json").write_text(json.dumps({**fields, **wrong}))
+    with pytest.raises(SpoolFormatError, match="manifest"):
+        read_manifest(tmp_path)
+
+
+def test_a_folder_that_cannot_be_used_is_an_error_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(SpoolError, match="TRACELET_DIR"):
+        update_manifest(tmp_path / "file" / "run", lambda old: MANIFEST)
+    with pytest.raises(SpoolError, match="TRACELET_DIR"):
+        update_manifest(tmp_path / "deleted", lambda old: MANIFEST, make=False)
+    assert not (tmp_path / "deleted").exists()
+
+
+def test_a_deleted_folder_is_not_made_anew_by_moving_what_is_delivered(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        move_delivered(tmp_path / "deleted", [{}])
+    assert not (tmp_path / "deleted").exists()
 
 
 def test_updates_at_once_all_arrive(tmp_path: Path) -> None:
@@ -116,7 +184,8 @@ def test_runs_are_found_with_their_manifests_or_what_is_wrong_with_them(tmp_path
     assert list(list_runs(tmp_path / "none")) == []
     for run in ("b", "a", "broken"):
         update_manifest(run_folder(tmp_path, run), lambda old: MANIFEST)
-    (run_folder(tmp_path, "broken") / "manifest.json").write_text("{")
+    for path in run_folder(tmp_path, "broken").glob("manifest*.json"):
+        path.write_text("{")
     (tmp_path / "empty" / "host").mkdir(parents=True)
     (tmp_path / "file").touch()
     (tmp_path / "died at its start" / "host").mkdir(parents=True)
