@@ -70,6 +70,18 @@ class Delivery:
             self._progress = Progress(self._folder)
         return self._progress
 
+    def passed(self, writer: str) -> tuple[int, int]:
+        """The segment and slot of `writer` that every destination is known to have reached; reads nothing anew."""
+        known = [one.positions.get(writer) for one in self.progress.destinations.values()]
+        reached = [(where.segment, where.next) for where in known if where is not None]
+        return min(reached) if reached and len(reached) == len(self._ticket.destinations) else (1, 0)
+
+    def begin_anew(self) -> None:
+        """The folder was deleted, and there is a new one, of which the old one's shipper and journals know nothing."""
+        self._progress = None
+        self._shipper = None
+        self.serve()
+
     def serve(self) -> None:
         """See that something ships this folder: the shipper process, and for the console a thread of the first one.
 
@@ -190,7 +202,7 @@ class Delivery:
             if d["id"] in self.progress.destinations
         ]
         known = len(at) == len(self._ticket.destinations) and bool(at)
-        shipped = min(d.delivered for d in at) if known else 0
+        shipped = self._writer.delivered_before + (min(d.delivered for d in at) if known else 0)
         refused_there = max((d.refused for d in at), default=0)
         return Stats(
             logged=counts.points,
@@ -212,6 +224,12 @@ class Delivery:
     def _wait_after_end(self, seen_by: str, timeout_s: float | None) -> None:
         ticket = self._ticket
         if not ticket.destinations or ticket.shipper == "off":
+            return
+        if not self._folder.exists():
+            logger.warning(
+                "run %s: its folder was deleted, and there is no new one: nothing more of it is delivered, and its"
+                " destinations don't hear of its end", ticket.run_id
+            )  # fmt: skip
             return
         self.serve()
         heads = self._writer.heads()

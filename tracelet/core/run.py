@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,8 @@ class Run:
             closed=self.closed_error,
             max_bytes=ticket.max_bytes,
             repeated_without_iteration=_warn_no_iteration,
+            make=self._make_folder,
+            passed=self._passed,
         )
         self.left_out = 0  # of what the user logged in a rank that logs nothing
         # The pen's one closure itself, not a method around it: a call more would cost a third of the price.
@@ -108,6 +110,7 @@ class Run:
             destinations=destinations,
             shipper=settings.shipper,
             max_bytes=settings.max_bytes,
+            keep=asdict(settings.keep),
             grace_s=settings.grace_s,
             environ=settings.environ,
             secrets=secrets,
@@ -254,6 +257,28 @@ class Run:
             return
         for record in taken:
             self.put(record)
+
+    def _make_folder(self) -> None:
+        """See that there is a folder to write in: a deleted one is made anew, as a run's folder, with a shipper.
+
+        Raises:
+            SpoolError: it was deleted, and this process is not the one that makes it anew.
+            OSError: it can't be made.
+        """
+        if (self.folder / store.MANIFEST).exists():
+            return
+        if self._role != "first":  # the run's status would be this process's, as long as nobody else writes there
+            raise SpoolError(
+                f"the spool folder {self.folder} was deleted; what process {os.getpid()} logs is kept again once the"
+                " run's own process has made it anew",
+                folder=str(self.folder),
+            )
+        store.update_manifest(self.folder, lambda before: before or self.ticket.manifest())
+        with guard("see to a shipper"):
+            self.delivery.begin_anew()
+
+    def _passed(self, writer: str) -> tuple[int, int]:
+        return self.delivery.passed(writer)
 
     def _opening(self, role: str) -> tuple[int, bytes]:
         ticket = self.ticket

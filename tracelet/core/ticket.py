@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from tracelet.otlp import semconv
 from tracelet.records import Scalar
+from tracelet.spool.store import Attempt, Manifest
 
 __all__ = ["Ticket"]
 
@@ -31,6 +34,27 @@ class Ticket:
     environ: Mapping[str, str] = field(default_factory=dict, repr=False)  # as it was at the start
     secrets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)
     secrets_left_out: bool = False
+    keep: Mapping[str, Any] = field(default_factory=dict)  # TRACELET_KEEP, as settings.Keep has it
+
+    def manifest(self) -> Manifest:
+        """The manifest of a folder that has nothing but this attempt."""
+        attempt = Attempt(
+            key=self.attempt_key,
+            started_unix_nano=self.attempt_started_unix_nano,
+            pid=os.getpid(),
+            rank=self.rank,
+            number=self.attempt_number,
+            destinations=self.destinations,
+            shipper=self.shipper,
+            extra={"keep": dict(self.keep), "max_bytes": self.max_bytes},
+        )
+        return Manifest(
+            run_id=self.run_id,
+            project=str(self.resource[semconv.PROJECT]),
+            experiment_name=str(self.resource[semconv.EXPERIMENT_NAME]),
+            run_name=str(self.resource[semconv.RUN_NAME]),
+            attempts=(attempt,),
+        )
 
     def without_secrets(self) -> Ticket:
         """The same, fit to be pickled: the process that unpickles it has an environment of its own."""

@@ -166,7 +166,10 @@ class Site:
         if manifest is None:
             return False
         attempts = tuple(attempt.key for attempt in manifest.attempts)
-        return self._reader.writers() != self._found or attempts != self.state[1]
+        try:
+            return self._reader.writers() != self._found or attempts != self.state[1]
+        except FileNotFoundError:  # deleted, and another one made in its place: its own shipper's
+            return False
 
     def close(self) -> None:
         """Let the descriptors go."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from tracelet.spool.points import (
     segment_name,
 )
 
-__all__ = ["SPARES", "Abandoned", "FileSet"]
+__all__ = ["SPARES", "Abandoned", "FileSet", "Gone"]
 
 SPARES = ("spare-1.points", "spare-2.points")
 """Segments made ahead by the shipper; a writer takes one by renaming it."""
@@ -32,6 +33,10 @@ SPARES = ("spare-1.points", "spare-2.points")
 
 class Abandoned(Exception):
     """These files are the parent's; the forked child has to open its own."""
+
+
+class Gone(OSError):
+    """The folder was deleted: nobody will ever read what stands in these files, or is written to them from now on."""
 
 
 class FileSet:
@@ -99,6 +104,10 @@ class FileSet:
         """Whether readers know of these files."""
         return self._lock.visible
 
+    def is_there(self) -> bool:
+        """Whether readers can find these files: they know of a writer by its lock. Costs two system calls."""
+        return self._lock.is_there()
+
     def appear(self) -> None:
         """Let readers know."""
         self._lock.appear()
@@ -155,6 +164,8 @@ class FileSet:
             OSError: there is none to be had.
         """
         if self._next is None and self.segment.head() >= self.segment.capacity:
+            if not self.is_there():
+                raise Gone(errno.ENOENT, "the folder was deleted")
             if self._sync_at_roll:
                 self._sync_segment()
             self._next = self._new_segment(self.segment.number + 1)

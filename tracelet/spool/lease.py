@@ -82,6 +82,13 @@ class WriterLock:
                 raise
         self.visible = True
 
+    def is_there(self) -> bool:
+        """Whether readers can find it. Opens nothing: a descriptor that is closed would drop the lock."""
+        try:
+            return os.path.samestat(os.stat(self.path if self.visible else self._hidden), os.fstat(self._fd))
+        except OSError:
+            return False
+
     def discard(self) -> None:
         """Take back a lock that never appeared."""
         self.release()

@@ -6,6 +6,7 @@ records and looking at their markers afterwards gave 8,000 torn records in 23 mi
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import re
@@ -116,13 +117,24 @@ class SpoolReader:
         self._seen: dict[str, set[tuple[int, int]]] = {}
         self._before: set[tuple[int, int]] = set()
         self.damaged_frames = 0
+        self._folder_fd = -1
 
     # ---- what is there ----------------------------------------------------------------------------------------
 
     def writers(self) -> tuple[str, ...]:
-        """The writers of this folder, in order of appearance."""
+        """The writers of this folder, in order of appearance.
+
+        Of this folder itself: one that was deleted and made anew at the same place is another, and not ours to read.
+
+        Raises:
+            FileNotFoundError: it was deleted.
+        """
         found: list[tuple[int, str]] = []
-        with os.scandir(self._folder) as entries:
+        if self._folder_fd < 0:
+            self._folder_fd = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        if os.fstat(self._folder_fd).st_nlink == 0:  # some file systems list one that is gone as empty
+            raise FileNotFoundError(errno.ENOENT, "the folder was deleted", str(self._folder))
+        with os.scandir(self._folder_fd) as entries:
             for entry in entries:
                 match = _LOCK.fullmatch(entry.name)
                 if match:
@@ -431,6 +443,9 @@ class SpoolReader:
         """Let the files go."""
         while self._files:
             os.close(self._files.popitem()[1].fd)
+        fd, self._folder_fd = self._folder_fd, -1
+        if fd >= 0:
+            os.close(fd)
 
 
 def _word(marker: int) -> bytes:

@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeVar
 from tracelet.errors import SpoolError
 from tracelet.guard import guard
 from tracelet.spool.disk import may_map, refused
-from tracelet.spool.files import Abandoned, FileSet
+from tracelet.spool.files import Abandoned, FileSet, Gone
 from tracelet.spool.points import Address, Log, Seldom, fuse
 from tracelet.spool.store import make_folder, usage
 
@@ -26,6 +26,7 @@ _INT64 = range(-(2**63), 2**63)
 _RETRY_AFTER_S = 0.5  # how long points are refused without asking the disk again
 _USAGE_FOR_S = 1.0
 _STANDING_IN_S = 0.2
+_LOOK_EVERY_S = 1.0  # whether the folder is still there, apart from the looks at each roll and frame
 
 
 class Counts(NamedTuple):
@@ -42,7 +43,9 @@ class Writer:
     Guarantees:
     - a point whose `log` returned survives the death of the process (`kill -9`), unless `counts().refused` has it;
     - `log` never raises for the disk's sake and never waits for another thread's disk, except at a segment's end;
-    - a signal handler or a finalizer may log at any moment, whatever its own thread is doing.
+    - a signal handler or a finalizer may log at any moment, whatever its own thread is doing;
+    - in a folder that is deleted meanwhile, what isn't known to be delivered becomes `counts().refused` at the next
+      frame, new name or full segment, or at the end; what comes then goes into a new folder.
 
     Files are made at the first record. The folder has mode 0700, its files 0600.
     """
@@ -65,8 +68,14 @@ class Writer:
         slots_per_segment: int = 32768,
         mapped: bool | None = None,
         repeated_without_iteration: Callable[[str], None] | None = None,
+        make: Callable[[], object] | None = None,
+        passed: Callable[[str], tuple[int, int]] = lambda writer: (1, 0),
     ) -> None:
+        """`make` makes the folder, and what else belongs into a new one; `passed`: the segment and slot of a writer
+        that every destination is known to have reached, asked when the folder is gone."""
         self._folder = folder
+        self._make = make if make is not None else lambda: make_folder(folder)
+        self._passed = passed
         self._role = role
         self._opening = opening
         self._name_frame = name_frame
@@ -87,6 +96,9 @@ class Writer:
         self._ended = False
         self._end_due: tuple[int, bytes, bytes, int] | None = None
         self._refused = 0
+        self._gone_points = 0  # of files that were deleted
+        self._lost = 0  # of these, how many nobody is known to have
+        self._looked_at = 0.0
         self._retry_at = 0.0
         self._used = 0
         self._used_at = -_USAGE_FOR_S
@@ -114,7 +126,7 @@ class Writer:
             SpoolError: the folder can't be written, for another reason.
         """
         try:
-            return self._locked(lambda files: files.frame(kind, payload, time_unix_nano))
+            return self._locked(lambda files: files.frame(kind, payload, time_unix_nano), look=True)
         except OSError as error:
             raise refused(self._folder, error) from error
 
@@ -146,8 +158,14 @@ class Writer:
     def counts(self) -> Counts:
         """How much this process has logged."""
         sets = list(self._sets.values())
-        points = sum(files.points() for files in sets) - (self._seldom.voids - self._voids_before_fork)
+        written = self._gone_points + sum(files.points() for files in sets)
+        points = written - self._lost - (self._seldom.voids - self._voids_before_fork)
         return Counts(points, sum(files.frames for files in sets), self._refused)
+
+    @property
+    def delivered_before(self) -> int:
+        """Points known to be delivered from files that were deleted since; no journal has them any more."""
+        return self._gone_points - self._lost
 
     def sync(self) -> None:
         """Flush to the disk itself, for power loss; a process's death needs none."""
@@ -182,14 +200,14 @@ class Writer:
         self._depth = 0
         self._role = "child"
         self._end_due = None
-        self._refused = 0
+        self._refused = self._gone_points = self._lost = 0
         self._retry_at = 0.0
         self._voids_before_fork = self._seldom.voids
 
     # ---- under the lock ---------------------------------------------------------------------------------------
 
-    def _locked(self, act: Callable[[FileSet], _T]) -> _T:
-        """Run `act` on the files of this depth; raises `closed()` after the end."""
+    def _locked(self, act: Callable[[FileSet], _T], *, look: bool = False) -> _T:
+        """Run `act` on the files of this depth; raises `closed()` after the end. `look`: are they still there?"""
         while True:
             with self._lock:
                 if self._ended:
@@ -197,16 +215,24 @@ class Writer:
                 depth = self._depth
                 self._depth = depth + 1
                 try:
-                    return act(self._files(depth))
+                    return act(self._files(depth, look=look))
                 except Abandoned:
                     continue  # forked meanwhile: once more, with files of our own
+                except Gone:
+                    self._give_up(depth)
+                    continue
                 finally:
                     self._depth = depth
                     if self._end_due is not None and depth == 0:
                         self._write_end()
 
-    def _files(self, depth: int) -> FileSet:
+    def _files(self, depth: int, *, look: bool = False) -> FileSet:
         files = self._sets.get(depth)
+        if files is not None and (look or time.monotonic() - self._looked_at >= _LOOK_EVERY_S):
+            self._looked_at = time.monotonic()
+            if files.visible and not files.abandoned and not files.is_there():
+                self._give_up(depth)
+                files = None
         if files is None:
             files = self._open("overflow" if depth else self._role)
             self._sets[depth] = files
@@ -214,10 +240,33 @@ class Writer:
             files.appear()
         return files
 
+    def _give_up(self, depth: int) -> None:
+        """Count what stands in files that were deleted. Only those of this depth: below it somebody is at work."""
+        files = self._sets.pop(depth)
+        if depth == 0:
+            self._fused.publish(None)
+        files.segment.seize()
+        self._void(files)
+        points = files.points()
+        segment, slot = self._passed(files.writer)
+        known = (segment - 1) * self._capacity + slot - files.frames  # at least so many of the slots were points
+        lost = points - max(0, min(points, known))
+        files.close()
+        self._gone_points += points
+        self._lost += lost
+        self._refused += lost
+        guard.limited(
+            f"keep {self._folder}",
+            "the spool folder %s was deleted under the run: up to %d points are lost, and what else had not been"
+            " delivered. What is logged from now on goes into a new folder there",
+            self._folder,
+            lost,
+        )
+
     def _open(self, role: str) -> FileSet:
         while self._inherited:
             self._inherited.pop().close()
-        make_folder(self._folder)
+        self._make()
         if self._mapped is None:
             self._mapped = may_map(self._folder)
         kind, payload = self._opening(role)
@@ -260,12 +309,11 @@ class Writer:
 
         try:
             self._locked(write)
-        except OSError as error:
+        except (OSError, SpoolError) as error:
             self._refused += 1
             self._retry_at = time.monotonic() + _RETRY_AFTER_S
-            guard.limited(
-                "write a point", "points are not recorded (%d so far): %s", self._refused, refused(self._folder, error)
-            )
+            why = refused(self._folder, error) if isinstance(error, OSError) else error
+            guard.limited("write a point", "points are not recorded (%d so far): %s", self._refused, why)
 
     def _without_iteration(self, name: str) -> int:
         """0, for a call without an iteration while none was ever set; says so once, at a name's second."""
@@ -286,10 +334,15 @@ class Writer:
         due = self._end_due
         if due is None:
             return
-        for files in self._sets.values():
+        for depth, files in list(self._sets.items()):
             if files.ended:
                 continue
             try:
+                if not files.abandoned and not files.is_there():
+                    self._give_up(depth)
+                    if depth:
+                        continue
+                    files = self._files(depth)  # noqa: PLW2901 - in a new folder: the run's end is news all the same
                 files.segment.seize()
                 self._void(files)
                 kind, payload, brief, time_unix_nano = due
