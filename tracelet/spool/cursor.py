@@ -11,12 +11,24 @@ from pathlib import Path
 from typing import Any
 
 from tracelet.errors import SpoolError
-from tracelet.spool.journal import Intent, State, intent_to_json, line, opening, parse
+from tracelet.guard import logger
+from tracelet.spool.journal import (
+    Intent,
+    Line,
+    State,
+    head_is_whole,
+    intent_to_json,
+    line,
+    opening,
+    parse,
+    positions_to_json,
+    split,
+)
 from tracelet.spool.points import Address
 from tracelet.spool.reader import Position, SlotRange
-from tracelet.spool.store import MANIFEST, read_manifest
+from tracelet.spool.store import MANIFEST, read_manifest, write_whole
 
-__all__ = ["DestinationProgress", "Intent", "Journal", "Progress", "journal_name"]
+__all__ = ["DestinationProgress", "Intent", "Journal", "Progress", "copy_name", "journal_name"]
 
 _COMPACT_AT = 4 * 2**20
 _COMPACT_RATIO = 4
@@ -25,6 +37,11 @@ _COMPACT_RATIO = 4
 def journal_name(destination_id: str) -> str:
     """The file name of a destination's journal."""
     return f"journal-{destination_id}"
+
+
+def copy_name(destination_id: str) -> str:
+    """The file name of the second copy of a compacted journal's head."""
+    return f"journal-{destination_id}.copy"
 
 
 class Journal:
@@ -38,38 +55,65 @@ class Journal:
     """
 
     def __init__(self, folder: Path, destination_id: str, *, clock: Callable[[], float] = time.time) -> None:
-        """Open or make the journal; cuts off what a death left of a last line.
+        """Open or make the journal; cuts off what a death left of a last line, and mends what damage it can.
 
         Raises:
             SpoolFormatError: it is of a format this release doesn't know.
         """
         self._path = folder / journal_name(destination_id)
+        self._copy = folder / copy_name(destination_id)
         self._destination = destination_id
         self._clock = clock
         self._state = State()
+        if not self._path.exists():  # whoever takes it away wants everything sent again
+            self._copy.unlink(missing_ok=True)
         self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._compact_at = _COMPACT_AT
         try:
-            self._size = self._load()
+            self._load()
             if self._size == 0:
                 self._write(opening(destination_id))
         except BaseException:
             os.close(self._fd)
             raise
-        self._compact_at = _COMPACT_AT
 
-    def _load(self) -> int:
+    def _load(self) -> None:
         with open(self._fd, "rb", closefd=False) as file:
             data = file.read()
-        good = start = 0
-        while (end := data.find(b"\n", start)) >= 0:
-            parsed = parse(data[start:end])
-            start = end + 1
-            if parsed is not None:
-                self._state.apply(*parsed)
-                good = start
-        if good < len(data):
-            os.ftruncate(self._fd, good)
-        return good
+        lines, self._size = split(data)
+        if self._size < len(data):
+            os.ftruncate(self._fd, self._size)
+        copy = None if head_is_whole(lines) else self._read_copy()
+        for one in copy or ():
+            assert one is not None
+            self._state.apply(*one)
+        # Stamps without the positions they belong to would give records that are sent again other times than before.
+        headless = copy is None and not any(one is not None and one[0] == "snapshot" for one in lines)
+        for one in lines:
+            if one is None or (copy is not None and self._state.is_stale(*one)) or (headless and one[0] == "stamps"):
+                continue
+            self._state.apply(*one)
+        if None in lines or copy is not None:
+            self._tell_damage(lines.count(None), mended=copy is not None)
+            self._compact(anyway=True)
+
+    def _read_copy(self) -> list[Line] | None:
+        """The second copy of the head; None where there is none that is whole."""
+        try:
+            lines, _ = split(self._copy.read_bytes())
+        except FileNotFoundError:
+            return None
+        return lines if head_is_whole(lines) and None not in lines else None
+
+    def _tell_damage(self, lines: int, *, mended: bool) -> None:
+        logger.warning(
+            "%s is damaged (%d lines): %s",
+            self._path,
+            lines,
+            "how far the destination had come is taken from the copy beside it"
+            if mended
+            else "batches that stood there may be sent again",
+        )
 
     # ---- what stands there ------------------------------------------------------------------------------------
 
@@ -162,7 +206,13 @@ class Journal:
         """
         if self._state.pending is None or self._state.pending.number != intent.number:
             raise SpoolError(f"batch {intent.number} of {self._destination} is not pending")
-        body = {"n": intent.number, "delivered": delivered, "refused": refused, "at": self._clock()}
+        body = {
+            "n": intent.number,
+            "delivered": delivered,
+            "refused": refused,
+            "at": self._clock(),
+            "positions": positions_to_json(intent.positions),  # once more: to lose them is to send it all again
+        }
         self._append("ack", body)
         self._state.acked()
         self._state.delivered += delivered
@@ -182,11 +232,19 @@ class Journal:
             self._append("done", {"attempt": attempt_key})
             self._state.done[attempt_key] = True
 
-    def _compact(self) -> None:
-        """Replace the file by one that says the same in fewer lines; if that fails, the long one stays."""
+    def _compact(self, *, anyway: bool = False) -> None:
+        """Replace the file by one that says the same in fewer lines; if that fails, the long one stays.
+
+        The copy first: behind it the long file's lines are stale, behind an older copy the new file's would be missing.
+        """
         data = b"".join(self._state.snapshot(self._destination))
-        if self._size <= _COMPACT_RATIO * len(data):
+        if self._size <= _COMPACT_RATIO * len(data) and not anyway:
             self._compact_at = _COMPACT_RATIO * len(data)
+            return
+        try:
+            write_whole(self._copy, data)
+        except OSError:
+            self._compact_at = 2 * self._size
             return
         temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         try:

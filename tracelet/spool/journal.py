@@ -1,7 +1,8 @@
 """The journal's lines, and the state that they add up to: shared by who writes it and who only follows it.
 
 A line is `<crc32 of the rest, 8 hex digits> <kind> <JSON>\\n`. Kinds: `journal` (first line: format), `snapshot` and
-`stamps` (the whole state, written at compaction), `intent`, `ack`, `memory`, `done`.
+`stamps` (the whole state, written at compaction), `intent`, `ack`, `memory`, `done`. The first line, a snapshot and its
+stamps are the head: a compacted journal stands on it, so it is there twice, the second time in a file of its own.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from zlib import crc32
 from tracelet.errors import SpoolFormatError
 from tracelet.spool.reader import Position, SlotRange
 
-__all__ = ["FORMAT", "Intent", "State", "line", "parse"]
+__all__ = ["FORMAT", "Intent", "Line", "State", "head_is_whole", "line", "parse", "split"]
+
+Line = tuple[str, str] | None
+"""Kind and JSON text of a line; None for one that is damaged."""
 
 FORMAT = 1
 
@@ -39,9 +43,38 @@ def line(kind: str, body: Mapping[str, Any]) -> bytes:
     return b"%08x %s\n" % (crc32(rest), rest)
 
 
-def opening(destination: str) -> bytes:
-    """The first line of a journal; its random mark tells a follower that the file is another one."""
-    return line("journal", {"mark": os.urandom(8).hex(), "format": FORMAT, "destination": destination})
+def opening(destination: str, stamps: int | None = None) -> bytes:
+    """The first line of a journal; its random mark tells a follower that the file is another one.
+
+    `stamps`: a snapshot follows, and so many lines of stamps.
+    """
+    head = {} if stamps is None else {"stamps": stamps}
+    return line("journal", {"mark": os.urandom(8).hex(), "format": FORMAT, "destination": destination, **head})
+
+
+def split(data: bytes) -> tuple[list[Line], int]:
+    """The lines of a journal, and how long it is without what a death left of a last one."""
+    lines: list[Line] = []
+    start = good = 0
+    while (end := data.find(b"\n", start)) >= 0:
+        lines.append(parse(data[start:end]))
+        start = end + 1
+        if lines[-1] is not None:
+            good = start
+    while lines and lines[-1] is None:
+        lines.pop()
+    return lines, good
+
+
+def head_is_whole(lines: Sequence[Line]) -> bool:
+    """Whether the first line is there, and the snapshot and the stamps that it promises."""
+    if not lines or lines[0] is None or lines[0][0] != "journal":
+        return False
+    stamps = json.loads(lines[0][1]).get("stamps")
+    if stamps is None:
+        return True
+    head = [one and one[0] for one in lines[1 : 2 + stamps]]
+    return head == ["snapshot"] + ["stamps"] * stamps
 
 
 def parse(text: bytes) -> tuple[str, str] | None:
@@ -131,8 +164,10 @@ class State:
             self.pending = _intent(body)
             self.number = self.pending.number
         elif kind == "ack":
-            if self.pending is not None and self.pending.number == body["n"]:
+            if self.pending is not None and self.pending.number <= body["n"]:
                 self.acked()
+            self.positions.update(_positions(body.get("positions", {})))  # its `intent` may be a damaged line
+            self.number = max(self.number, body["n"])
             self.delivered += body["delivered"]
             self.refused += body["refused"]
         elif kind == "memory":
@@ -155,10 +190,22 @@ class State:
             if self.keep_stamps:
                 self.stamps.update(intent.stamps)
 
+    def is_stale(self, kind: str, text: str) -> bool:
+        """A line that a snapshot of this state has taken into account already; for lines read behind it."""
+        if kind in ("journal", "snapshot", "stamps"):
+            return True
+        if kind not in ("intent", "ack"):
+            return False
+        number = json.loads(text)["n"]
+        awaited = kind == "ack" and self.pending is not None and self.pending.number == number
+        return number <= self.number and not awaited
+
     def snapshot(self, destination: str) -> list[bytes]:
-        """The lines of a journal that says just this."""
+        """The lines of a journal that says just this: a head."""
+        series = list(self.stamps.items())
+        starts = range(0, len(series), 1000)
         lines = [
-            opening(destination),
+            opening(destination, len(starts)),
             line(
                 "snapshot",
                 {
@@ -172,7 +219,6 @@ class State:
                 },
             ),
         ]
-        series = list(self.stamps.items())
-        for start in range(0, len(series), 1000):
+        for start in starts:
             lines.append(line("stamps", {name: list(stamp) for name, stamp in series[start : start + 1000]}))
         return lines

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tracelet.errors import SpoolError, SpoolFormatError
-from tracelet.spool.cursor import Journal, Progress, journal_name
+from tracelet.spool.cursor import Journal, Progress, copy_name, journal_name
+from tracelet.spool.journal import head_is_whole, split
 from tracelet.spool.points import Address
 from tracelet.spool.reader import Position, SlotRange
 from tracelet.spool.store import Attempt, Manifest, update_manifest
@@ -270,3 +272,108 @@ def test_a_line_that_cannot_be_written_changes_nothing(tmp_path: Path) -> None:
     assert kept.pending == intent
     kept.ack(intent, delivered=2, refused=0)
     kept.close()
+
+
+# ---- damage -----------------------------------------------------------------------------------------------------
+
+
+def compacted(folder: Path, batches: int = 5) -> Journal:
+    """A journal with a head of several lines of stamps, and some batches behind it."""
+    kept = journal(folder)
+    many = {f"series {i}": (i, i + 1) for i in range(2500)}
+    kept.ack(kept.intend([], {"00000000000000bb": Position(3, 7)}, {}, many), delivered=2500, refused=0)
+    kept.remember({"run_id": "abc"})
+    kept.close_attempt("k0")
+    kept._compact(anyway=True)
+    for i in range(batches):
+        batch(kept, i, i + 1)
+    return kept
+
+
+def harmed(whole: bytes, step: int) -> Iterator[bytes]:
+    """`whole` with a byte flipped, a page zeroed, a piece cut out; at every `step`th place."""
+    for at in range(0, len(whole), step):
+        yield whole[:at] + bytes((whole[at] ^ 4,)) + whole[at + 1 :]
+        yield whole[:at] + bytes(len(whole[at : at + 4096])) + whole[at + 4096 :]
+        yield whole[:at] + whole[at + 100 :]
+
+
+def test_no_damage_to_the_head_of_a_compacted_journal_loses_any_of_it(tmp_path: Path) -> None:
+    kept = compacted(tmp_path)
+    positions, stamps = dict(kept.positions), dict(kept.stamps)
+    kept.close()
+    path, copy = tmp_path / journal_name("file-1"), tmp_path / copy_name("file-1")
+    whole, second = path.read_bytes(), copy.read_bytes()
+    tail = whole[len(second) :]
+    assert whole == second + tail
+    for changed in harmed(second, 997):
+        path.write_bytes(changed.removesuffix(b"\n") + b"\n" + tail)
+        copy.write_bytes(second)
+        again = journal(tmp_path)
+        assert (again.positions, again.stamps) == (positions, stamps)
+        assert (again.number, again.delivered, again.memory) == (6, 2505, {"run_id": "abc"})
+        again.close()
+        assert head_is_whole(split(path.read_bytes())[0])  # mended, for followers and for the next damage
+    for changed in harmed(second, 9973):  # of the copy alone: nobody needs it
+        path.write_bytes(whole)
+        copy.write_bytes(changed)
+        again = journal(tmp_path)
+        assert (again.positions, again.stamps) == (positions, stamps)
+        again.close()
+
+
+def test_a_copy_that_is_newer_than_its_journal_is_not_set_back_by_it(tmp_path: Path) -> None:
+    kept = compacted(tmp_path, 0)
+    older = (tmp_path / journal_name("file-1")).read_bytes()
+    for i in range(5):
+        batch(kept, i, i + 1)
+    long = (tmp_path / journal_name("file-1")).read_bytes()
+    kept._compact(anyway=True)
+    batch(kept, 5, 6)
+    positions, stamps = dict(kept.positions), dict(kept.stamps)
+    tail = (tmp_path / journal_name("file-1")).read_bytes()[(tmp_path / copy_name("file-1")).stat().st_size :]
+    kept.close()
+    # As if death had come between the two renames, and the disk had then lost the old head.
+    (tmp_path / journal_name("file-1")).write_bytes(bytes(len(older)) + b"\n" + long[len(older) :] + tail)
+    again = journal(tmp_path)
+    assert (again.positions, again.stamps) == (positions, stamps)
+    again.close()
+
+
+def test_without_any_whole_head_what_is_sent_again_gets_the_times_it_had(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    compacted(tmp_path).close()
+    path = tmp_path / journal_name("file-1")
+    path.write_bytes(path.read_bytes().replace(b" snapshot {", b" snapshoT {"))
+    (tmp_path / copy_name("file-1")).unlink()
+    again = journal(tmp_path)
+    assert again.positions == {W: Position(1, 5)}  # what stands behind the head
+    assert again.stamps == {"s": (5, 6)}  # none of those whose points are sent again
+    assert "damaged (1 lines)" in caplog.text
+    again.close()
+
+
+def test_a_damaged_intent_is_made_good_by_its_ack(tmp_path: Path) -> None:
+    kept = journal(tmp_path)
+    for i in range(4):
+        batch(kept, i, i + 1)
+    kept.close()
+    path = tmp_path / journal_name("file-1")
+    whole = path.read_bytes().splitlines(keepends=True)
+    for damaged in (1, 3, 5, 7):
+        path.write_bytes(
+            b"".join([*whole[:damaged], whole[damaged].replace(b"intent", b"intend"), *whole[damaged + 1 :]])
+        )
+        again = journal(tmp_path)
+        assert again.positions == {W: Position(1, 4)}
+        assert (again.number, again.pending) == (4, None)
+        again.close()
+
+
+def test_a_journal_that_was_taken_away_begins_anew(tmp_path: Path) -> None:
+    compacted(tmp_path).close()
+    (tmp_path / journal_name("file-1")).unlink()
+    again = journal(tmp_path)
+    assert (again.positions, again.stamps, again.number) == ({}, {}, 0)
+    again.close()
