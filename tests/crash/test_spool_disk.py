@@ -109,3 +109,26 @@ def test_a_limit_on_file_sizes_refuses(tmp_path: Path, mapped: bool) -> None:
     assert refused >= 1000
     assert (points > 0) != mapped
     assert sum(len(story.points) for story in drain(folder, dead=True).values()) == points
+
+
+FRAMES = """
+import pathlib, sys
+from tests.unit.spool.pens import TEXT, end, pen
+writer = pen(pathlib.Path(sys.argv[1]), slots_per_segment=128, mapped=sys.argv[2] == "True")
+for i in range(30):
+    writer.frame(TEXT, bytes([i]) * 100_000, 1)
+end(writer)
+"""
+
+
+@pytest.mark.parametrize("mapped", [True, False], ids=["mapped", "appended"])
+def test_frames_that_meet_a_limit_on_file_sizes_go_on_in_another_file(tmp_path: Path, mapped: bool) -> None:
+    folder = tmp_path / "run"
+    command = ["prlimit", "--fsize=1000000", sys.executable, "-c", FRAMES, str(folder), str(mapped)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    (story,) = drain(folder).values()
+    assert [payload[0] for kind, payload in story.frames if kind == TEXT] == list(range(30))
+    assert len(list(folder.glob("*.frames"))) == 4
+    assert not story.damaged
+    assert story.ended
