@@ -148,6 +148,8 @@ class FileSet:
     def _take_spare(self, path: Path, size: int) -> int:
         for spare in SPARES:
             try:
+                if os.stat(self._folder / spare).st_size != size:  # made for writers with another capacity
+                    continue
                 os.rename(self._folder / spare, path)
                 fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
             except OSError:

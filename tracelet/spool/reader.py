@@ -12,7 +12,8 @@ import platform
 import re
 import sys
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 from zlib import crc32
@@ -83,6 +84,16 @@ class Taken(NamedTuple):
     frames: tuple[tuple[int, int, bytes], ...]
     voids: int
     damaged: tuple[Damage, ...]
+
+
+class _Look(NamedTuple):
+    """What one look at a segment has found."""
+
+    ranges: list[SlotRange]
+    slots: int
+    next: int  # the slot to go on at
+    stretch_end: int  # behind the last one found in this segment; 0: none was
+    still_open: list[tuple[int, int]]
 
 
 class _File:
@@ -196,6 +207,7 @@ class SpoolReader:
             file.header = Header.unpack(page)
             if file.header is None:
                 if not any(page[:64]):
+                    self._forget(writer, number)
                     return None  # just made
                 file.header = self._rebuilt(file, writer, number)
                 file.damaged_header = True
@@ -220,17 +232,13 @@ class SpoolReader:
         Slots that were open at an earlier poll and have closed come first. `dead`: the writer's process is gone, so
         a slot that is still open stays so, and is passed for good.
         """
-        ranges: list[SlotRange] = []
-        still_open: list[tuple[int, int]] = []
-        room = limit
         self._before, self._seen[writer] = self._seen.get(writer, set()), set()
-        for segment, slot in position.open:
-            closed = room > 0 and self._closed(writer, segment, slot, dead)
-            if closed:
-                _extend(ranges, writer, segment, slot, slot + 1)
-                room -= 1
-            elif not dead or room <= 0:
-                still_open.append((segment, slot))
+        room = limit
+        late = self._closed(writer, position.open, dead)[:room]
+        ranges = _as_ranges(writer, late)
+        room -= len(late)
+        # The writer is dead: what is open now stays so, unless there was no room to look at all of it.
+        still_open = [one for one in position.open if one not in set(late)] if not dead or room <= 0 else []
         number, slot = position.segment, position.next
         self._look_back(writer, number, slot)
         while room > 0:
@@ -243,39 +251,92 @@ class SpoolReader:
                 continue
             last = self._sealed_end(file)
             rolled = self._exists(writer, number + 1)
-            whole = rolled or dead or file.seal is not None
-            window = last if whole else min(last, slot + max(room, _PEEK))
-            stretches, slot, opened = self._window(writer, number, file, slot, window, room, dead, rolled)
-            for first, end in stretches:
-                _extend(ranges, writer, number, first, end)
-                room -= end - first
-            still_open.extend(opened)
-            if stretches:
-                self._look_back(writer, number, stretches[-1][1])
+            found = self._look(writer, number, file, slot, room, dead, rolled, still_open)
+            slot, still_open = found.next, found.still_open
+            ranges.extend(found.ranges)
+            room -= found.slots
+            if found.stretch_end:
+                self._look_back(writer, number, found.stretch_end)
             if slot >= last and rolled:
                 number, slot = number + 1, 0
-            elif not stretches:
+            elif not found.slots:
                 break
-        return tuple(ranges), Position(number, slot, tuple(still_open))
+        return _joined(ranges), Position(number, slot, tuple(still_open))
+
+    def _look(  # noqa: PLR0917
+        self,
+        writer: str,
+        number: int,
+        file: _File,
+        first: int,
+        room: int,
+        dead: bool,
+        rolled: bool,
+        still_open: list[tuple[int, int]],
+    ) -> _Look:
+        """At most `room` slots closed from `first` on, and before them those of `still_open` that are closed by now.
+
+        What was open at the look before this one may be older than what this one finds: its thread may have filled it
+        meanwhile, and gone on. So it is looked at again behind the new ones, and comes before them.
+        """
+        last = self._sealed_end(file)
+        whole = rolled or dead or file.seal is not None
+        window = last if whole else min(last, first + max(room, _PEEK))
+        late: list[tuple[int, int]] = []
+        while True:
+            stretches, end, opened = self._window(writer, number, file, first, window, room - len(late), dead, rolled)
+            more = self._closed(writer, still_open, dead)[: room - len(late)]
+            late = sorted(late + more)
+            still_open = [one for one in still_open if one not in set(more)]
+            if len(late) == room:
+                return _Look(_as_ranges(writer, late), room, first, 0, still_open)
+            slots = len(late) + sum(b - a for a, b in stretches)
+            if not more or slots <= room:
+                ranges = _as_ranges(writer, late) + [SlotRange(writer, number, a, b) for a, b in stretches]
+                return _Look(ranges, slots, end, stretches[-1][1] if stretches else 0, still_open + opened)
 
     def _exists(self, writer: str, number: int) -> bool:
         file = self._file(writer, "points", number)
-        return file is not None and any(os.pread(file.fd, 64, 0))
+        if file is None or any(os.pread(file.fd, 64, 0)):
+            return file is not None
+        self._forget(writer, number)
+        return False
+
+    def _forget(self, writer: str, number: int) -> None:
+        """Open it anew next time: a segment that is being made may give way to another file of its name."""
+        os.close(self._files.pop((writer, "points", number)).fd)
 
     @staticmethod
     def _sealed_end(file: _File) -> int:
         assert file.header is not None
         return file.header.capacity if file.seal is None else file.seal.slots
 
-    def _closed(self, writer: str, segment: int, slot: int, dead: bool) -> bool:
+    def _closed(self, writer: str, slots: Iterable[tuple[int, int]], dead: bool) -> list[tuple[int, int]]:
+        """Those of `slots` that are closed, in order. Looked at until a look finds no more: what is open then is open
+        behind everything that was found."""
+        found: set[tuple[int, int]] = set()
+        left = sorted(slots)
+        while left:
+            new: set[tuple[int, int]] = set()
+            for segment, group in groupby(left, key=lambda one: one[0]):
+                numbers = [slot for _, slot in group]
+                new.update((segment, slot) for slot in self._closed_in(writer, segment, numbers, dead))
+            if not new:
+                break
+            found |= new
+            left = [one for one in left if one not in new]
+        return sorted(found)
+
+    def _closed_in(self, writer: str, segment: int, slots: list[int], dead: bool) -> list[int]:
         file = self._segment(writer, segment)
         if file is None or file.header is None:
-            return False
+            return []
         if file.seal is not None:
-            return True
-        markers = file.markers(slot, slot + 1).tolist()
-        closed = bool(markers) and _is_closed(markers[0], file.header.base)
-        return closed and (dead or self._settled(writer, segment, [slot]) == [slot])
+            return slots
+        first, base = slots[0], file.header.base
+        markers = file.markers(first, slots[-1] + 1).tolist()
+        closed = [slot for slot in slots if slot - first < len(markers) and _is_closed(markers[slot - first], base)]
+        return closed if dead else self._settled(writer, segment, closed)
 
     def _settled(self, writer: str, segment: int, closed: list[int]) -> list[int]:
         """Of slots whose markers are set now, those that may be read: all, or those set at the poll before, too."""
@@ -456,8 +517,16 @@ def _is_closed(marker: int, base: int) -> bool:
     return base < marker <= base | VOID
 
 
-def _extend(ranges: list[SlotRange], writer: str, segment: int, first: int, end: int) -> None:
-    if ranges and ranges[-1].segment == segment and ranges[-1].end == first:
-        ranges[-1] = ranges[-1]._replace(end=end)
-    else:
-        ranges.append(SlotRange(writer, segment, first, end))
+def _as_ranges(writer: str, slots: list[tuple[int, int]]) -> list[SlotRange]:
+    return [SlotRange(writer, segment, slot, slot + 1) for segment, slot in slots]
+
+
+def _joined(ranges: list[SlotRange]) -> tuple[SlotRange, ...]:
+    """The same slots in the same order, in as few ranges as that takes."""
+    joined: list[SlotRange] = []
+    for piece in ranges:
+        if joined and joined[-1].segment == piece.segment and joined[-1].end == piece.first:
+            joined[-1] = joined[-1]._replace(end=piece.end)
+        else:
+            joined.append(piece)
+    return tuple(joined)
