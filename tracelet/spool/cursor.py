@@ -32,6 +32,7 @@ __all__ = ["DestinationProgress", "Intent", "Journal", "Progress", "copy_name", 
 
 _COMPACT_AT = 4 * 2**20
 _COMPACT_RATIO = 4
+_STAMPS_TWICE = 256  # series of a batch; beyond that the journal would grow by a good part of what is sent
 
 
 def journal_name(destination_id: str) -> str:
@@ -84,17 +85,19 @@ class Journal:
         if self._size < len(data):
             os.ftruncate(self._fd, self._size)
         copy = None if head_is_whole(lines) else self._read_copy()
+        damaged = 0
         for one in copy or ():
             assert one is not None
             self._state.apply(*one)
         # Stamps without the positions they belong to would give records that are sent again other times than before.
         headless = copy is None and not any(one is not None and one[0] == "snapshot" for one in lines)
         for one in lines:
-            if one is None or (copy is not None and self._state.is_stale(*one)) or (headless and one[0] == "stamps"):
-                continue
-            self._state.apply(*one)
-        if None in lines or copy is not None:
-            self._tell_damage(lines.count(None), mended=copy is not None)
+            if one is None:
+                damaged += 1
+            elif not ((copy is not None and self._state.is_stale(*one)) or (headless and one[0] == "stamps")):
+                damaged += not self._state.apply(*one)
+        if damaged or copy is not None:
+            self._tell_damage(damaged, mended=copy is not None)
             self._compact(anyway=True)
 
     def _read_copy(self) -> list[Line] | None:
@@ -211,8 +214,11 @@ class Journal:
             "delivered": delivered,
             "refused": refused,
             "at": self._clock(),
-            "positions": positions_to_json(intent.positions),  # once more: to lose them is to send it all again
+            # Once more: to lose the positions is to send it all again, to lose the stamps is to give other times.
+            "positions": positions_to_json(intent.positions),
         }
+        if len(intent.stamps) <= _STAMPS_TWICE:
+            body["stamps"] = {series: list(stamp) for series, stamp in intent.stamps.items()}
         self._append("ack", body)
         self._state.acked()
         self._state.delivered += delivered

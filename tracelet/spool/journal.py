@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import index
 from typing import Any
 from zlib import crc32
 
@@ -18,6 +19,8 @@ from tracelet.errors import SpoolFormatError
 from tracelet.spool.reader import Position, SlotRange
 
 __all__ = ["FORMAT", "Intent", "Line", "State", "head_is_whole", "line", "parse", "split"]
+
+_NOT_WHAT_IT_SAYS = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
 
 Line = tuple[str, str] | None
 """Kind and JSON text of a line; None for one that is damaged."""
@@ -70,9 +73,12 @@ def head_is_whole(lines: Sequence[Line]) -> bool:
     """Whether the first line is there, and the snapshot and the stamps that it promises."""
     if not lines or lines[0] is None or lines[0][0] != "journal":
         return False
-    stamps = json.loads(lines[0][1]).get("stamps")
-    if stamps is None:
-        return True
+    try:
+        stamps = json.loads(lines[0][1]).get("stamps")
+    except _NOT_WHAT_IT_SAYS:
+        return False
+    if type(stamps) is not int:
+        return stamps is None
     head = [one and one[0] for one in lines[1 : 2 + stamps]]
     return head == ["snapshot"] + ["stamps"] * stamps
 
@@ -97,7 +103,7 @@ def positions_to_json(positions: Mapping[str, Position]) -> dict[str, Any]:
 
 def _positions(body: Mapping[str, Any]) -> dict[str, Position]:
     return {
-        writer: Position(segment, slot, tuple((a, b) for a, b in opened))
+        writer: Position(index(segment), index(slot), tuple((index(a), index(b)) for a, b in opened))
         for writer, (segment, slot, opened) in body.items()
     }
 
@@ -114,17 +120,17 @@ def intent_to_json(intent: Intent) -> dict[str, Any]:
 
 
 def _stamps(body: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, int]]:
-    return {series: (last, high) for series, (last, high) in body.items()}
+    return {series: (index(last), index(high)) for series, (last, high) in body.items()}
 
 
 def _intent(body: Mapping[str, Any]) -> Intent:
     return Intent(
-        body["n"],
-        tuple(SlotRange(*piece) for piece in body["ranges"]),
+        index(body["n"]),
+        tuple(SlotRange(str(w), index(segment), index(a), index(b)) for w, segment, a, b in body["ranges"]),
         _positions(body["positions"]),
         _stamps(body["stamps"]),
-        body["note"],
-        body["extra"],
+        dict(body["note"]),
+        dict(body["extra"]),
     )
 
 
@@ -142,15 +148,22 @@ class State:
     delivered: int = 0
     refused: int = 0
 
-    def apply(self, kind: str, text: str) -> None:
-        """Take one line into account; kinds that a newer minor version added are passed over.
+    def apply(self, kind: str, text: str) -> bool:
+        """Take one line into account; kinds that a newer minor version added are passed over. False where what it
+        holds is not what its kind says.
 
         Raises:
             SpoolFormatError: the journal is of a format this release doesn't know.
         """
         if kind == "stamps" and not self.keep_stamps:
-            return
-        body = json.loads(text)
+            return True
+        try:
+            self._apply(kind, json.loads(text))
+        except _NOT_WHAT_IT_SAYS:
+            return False
+        return True
+
+    def _apply(self, kind: str, body: dict[str, Any]) -> None:
         if kind == "journal":
             if body["format"] != FORMAT:
                 raise SpoolFormatError(
@@ -159,28 +172,35 @@ class State:
                     version=body["format"],
                 )
         elif kind == "intent":
-            if self.pending is not None and body["n"] > self.pending.number:
+            intent = _intent(body)
+            if self.pending is not None and intent.number > self.pending.number:
                 self.acked()  # its `ack` was lost to a damaged line; the next intent proves it
-            self.pending = _intent(body)
+            self.pending = intent
             self.number = self.pending.number
         elif kind == "ack":
-            if self.pending is not None and self.pending.number <= body["n"]:
+            number, positions = index(body["n"]), _positions(body.get("positions", {}))
+            stamps = _stamps(body.get("stamps", {})) if self.keep_stamps else {}
+            delivered, refused = index(body["delivered"]), index(body["refused"])
+            if self.pending is not None and self.pending.number <= number:
                 self.acked()
-            self.positions.update(_positions(body.get("positions", {})))  # its `intent` may be a damaged line
-            self.number = max(self.number, body["n"])
-            self.delivered += body["delivered"]
-            self.refused += body["refused"]
+            self.positions.update(positions)  # its `intent` may be a damaged line
+            self.stamps.update(stamps)
+            self.number = max(self.number, number)
+            self.delivered += delivered
+            self.refused += refused
         elif kind == "memory":
-            self.memory = body
+            self.memory = dict(body)
         elif kind == "done":
-            self.done[body["attempt"]] = True
+            self.done[str(body["attempt"])] = True
         elif kind == "stamps":
             self.stamps.update(_stamps(body))
         elif kind == "snapshot":
+            numbers = index(body["number"]), index(body["delivered"]), index(body["refused"])
+            pending = None if body["pending"] is None else _intent(body["pending"])
+            memory, done = dict(body["memory"]), dict(body["done"])
             self.positions = _positions(body["positions"])
-            self.memory, self.done = body["memory"], body["done"]
-            self.pending = None if body["pending"] is None else _intent(body["pending"])
-            self.number, self.delivered, self.refused = body["number"], body["delivered"], body["refused"]
+            self.memory, self.done, self.pending = memory, done, pending
+            self.number, self.delivered, self.refused = numbers
 
     def acked(self) -> None:
         """The pending batch has arrived: what it changes holds."""
@@ -196,7 +216,10 @@ class State:
             return True
         if kind not in ("intent", "ack"):
             return False
-        number = json.loads(text)["n"]
+        try:
+            number = index(json.loads(text)["n"])
+        except _NOT_WHAT_IT_SAYS:
+            return True
         awaited = kind == "ack" and self.pending is not None and self.pending.number == number
         return number <= self.number and not awaited
 

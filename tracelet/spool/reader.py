@@ -202,17 +202,18 @@ class SpoolReader:
         file = self._file(writer, "points", number)
         if file is None:
             return None
+        if file.seal is None:
+            file.seal = read_seal(self._folder, writer, number)
         if file.header is None:
             page = os.pread(file.fd, HEADER_SIZE, 0)
             file.header = Header.unpack(page)
             if file.header is None:
-                if not any(page[:64]):
+                rebuilt = self._rebuilt(file, writer, number)
+                if not rebuilt.base and file.seal is None and not any(page[:64]):
                     self._forget(writer, number)
-                    return None  # just made
-                file.header = self._rebuilt(file, writer, number)
+                    return None  # just made: a header of zeros, and no slot is filled before there is one
+                file.header = rebuilt
                 file.damaged_header = True
-        if file.seal is None:
-            file.seal = read_seal(self._folder, writer, number)
         return file
 
     @staticmethod
@@ -297,10 +298,9 @@ class SpoolReader:
 
     def _exists(self, writer: str, number: int) -> bool:
         file = self._file(writer, "points", number)
-        if file is None or any(os.pread(file.fd, 64, 0)):
-            return file is not None
-        self._forget(writer, number)
-        return False
+        if file is not None and any(os.pread(file.fd, 64, 0)):
+            return True
+        return self._segment(writer, number) is not None
 
     def _forget(self, writer: str, number: int) -> None:
         """Open it anew next time: a segment that is being made may give way to another file of its name."""
