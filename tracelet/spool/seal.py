@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 from zlib import crc32
 
-__all__ = ["PAGE", "Seal", "read_seal", "seal_name", "write_seal"]
+__all__ = ["PAGE", "VERSION", "Seal", "foreign_version", "read_seal", "seal_name", "write_seal"]
 
 MAGIC = b"TRLTSEAL"
 VERSION = 1
@@ -59,7 +59,26 @@ def write_seal(folder: Path, writer: str, number: int, fd: int, slots: int) -> S
 
 
 def read_seal(folder: Path, writer: str, number: int) -> Seal | None:
-    """The seal of a segment; None where there is none, or none that is whole."""
+    """The seal of a segment; None where there is none, none that is whole, or one of another version."""
+    data = _whole(folder, writer, number)
+    if data is None:
+        return None
+    magic, version, _, _, slots, pages = _HEADER.unpack_from(data)
+    if magic != MAGIC or version != VERSION or len(data) != _HEADER.size + 4 * pages + 4:
+        return None
+    return Seal(slots, struct.unpack_from(f"<{pages}I", data, _HEADER.size))
+
+
+def foreign_version(folder: Path, writer: str, number: int) -> int | None:
+    """The version of a whole seal that this release can't read: not to be written over. None: there is no such."""
+    data = _whole(folder, writer, number)
+    if data is None:
+        return None
+    magic, version, *_ = _HEADER.unpack_from(data)
+    return int(version) if magic == MAGIC and version != VERSION else None
+
+
+def _whole(folder: Path, writer: str, number: int) -> bytes | None:
     for place in (folder, folder / "delivered"):
         try:
             data = (place / seal_name(writer, number)).read_bytes()
@@ -67,8 +86,5 @@ def read_seal(folder: Path, writer: str, number: int) -> Seal | None:
             continue
         if len(data) < _HEADER.size + 4 or crc32(data[:-4]).to_bytes(4, "little") != data[-4:]:
             return None
-        magic, version, _, _, slots, pages = _HEADER.unpack_from(data)
-        if magic != MAGIC or version != VERSION or len(data) != _HEADER.size + 4 * pages + 4:
-            return None
-        return Seal(slots, struct.unpack_from(f"<{pages}I", data, _HEADER.size))
+        return data
     return None

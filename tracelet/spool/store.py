@@ -24,7 +24,8 @@ from tracelet.spool.files import SPARES
 from tracelet.spool.lease import require_own
 from tracelet.spool.points import HEADER_SIZE, SLOT_SIZE, segment_name
 from tracelet.spool.reader import DELIVERED, Position, SpoolReader
-from tracelet.spool.seal import read_seal, seal_name, write_seal
+from tracelet.spool.seal import VERSION as SEAL_VERSION
+from tracelet.spool.seal import foreign_version, read_seal, seal_name, write_seal
 
 __all__ = [
     "Attempt",
@@ -407,6 +408,16 @@ def seal(folder: Path, writer: str, number: int, *, dead: bool = False) -> bool:
     `dead`: the writer ended or died, so slots without a marker stay so. Sealed already: True.
     """
     if read_seal(folder, writer, number) is not None:
+        return True
+    foreign = foreign_version(folder, writer, number)
+    if foreign is not None:
+        guard.limited(
+            "seal of another version",
+            "%s has format %d, this tracelet reads %d: its checksums are not looked at, and it stays where it is",
+            folder / seal_name(writer, number),
+            foreign,
+            SEAL_VERSION,
+        )
         return True
     reader = SpoolReader(folder)
     try:

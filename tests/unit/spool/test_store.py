@@ -9,6 +9,7 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from zlib import crc32
 
 import pytest
 
@@ -17,6 +18,7 @@ from tracelet.errors import SpoolError, SpoolFormatError
 from tracelet.spool.disk import _mounts, may_map
 from tracelet.spool.lease import ShipperLock, is_alive, shipper_alive
 from tracelet.spool.reader import Position
+from tracelet.spool.seal import seal_name
 from tracelet.spool.store import (
     Attempt,
     KeepRule,
@@ -335,3 +337,22 @@ def test_kernel_file_systems_are_never_mapped(tmp_path: Path) -> None:
     assert not may_map(Path("/proc"))
     assert not may_map(Path("/sys"))
     assert not may_map(tmp_path / "none")
+
+
+def test_a_seal_of_another_version_is_named_and_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    writer = pen(tmp_path, slots_per_segment=64)
+    for i in range(10):
+        writer.log("a", float(i), i)
+    end(writer)
+    name = str(writer.writer_id)
+    assert seal(tmp_path, name, 1, dead=True)
+    path = tmp_path / seal_name(name, 1)
+    data = bytearray(path.read_bytes())
+    data[8] = 2
+    data[-4:] = crc32(data[:-4]).to_bytes(4, "little")
+    path.write_bytes(data)
+    assert seal(tmp_path, name, 1, dead=True)
+    assert path.read_bytes() == data
+    assert "has format 2, this tracelet reads 1" in caplog.text
+    assert len(only(drain(tmp_path, dead=True)).points) == 10
+    assert move_delivered(tmp_path, [{name: Position(2, 0)}]) == 0
