@@ -9,6 +9,7 @@ import hashlib
 import posixpath
 import re
 from functools import lru_cache
+from urllib.parse import urlparse, urlunparse
 
 from tracelet.exporters.mlflow.limits import KEY_CHARS, MARKED_NAME_CHARS
 
@@ -52,6 +53,8 @@ def _is_own_path(name: str) -> bool:
 # characters, strips spaces in front. Lone surrogates (a file name that is not UTF-8) can't be written into an address.
 _ILLEGAL_IN_PATH = re.compile("%[0-9A-Fa-f]{2}|^ +|[#\\x00-\\x1f\\x7f\ud800-\udfff]")
 
+_ADDRESS_MARKS = re.compile(r"[?;:\[\]]")
+
 
 def legal_path(path: str) -> str:
     """`path` itself if MLflow keeps an artifact's path as it is, else a form with 8 digits of the original's hash.
@@ -60,10 +63,18 @@ def legal_path(path: str) -> str:
         >>> legal_path("plots/loss.png"), legal_path("plots/50%25.png")
         ('plots/loss.png', 'plots/50_-757d185c.png')
     """
-    if _ILLEGAL_IN_PATH.search(path) is None:
+    if _ILLEGAL_IN_PATH.search(path) is None and _is_own_address(path):
         return path
-    stem, extension = posixpath.splitext(_ILLEGAL_IN_PATH.sub("_", path))
+    stem, extension = posixpath.splitext(_ADDRESS_MARKS.sub("_", _ILLEGAL_IN_PATH.sub("_", path)))
     return f"{stem}-{digest(path)}{extension}"
+
+
+def _is_own_address(path: str) -> bool:
+    """The server takes a path apart as an address, and puts it together again: an empty query goes, for one."""
+    try:
+        return urlunparse(urlparse(path)) == path
+    except ValueError:
+        return False
 
 
 def text_of(value: object) -> str:

@@ -53,6 +53,10 @@ def test_names_that_would_become_the_same_stay_apart() -> None:
 @given(st.lists(st.text(st.characters(codec=None, exclude_characters="/"), min_size=1, max_size=40), min_size=1))
 @example([" "])
 @example([" a", " b"])
+@example(["?"])
+@example(["a;"])
+@example(["HTTP:x"])
+@example(["file:x"])
 def test_an_artifacts_path_is_kept_if_the_server_does_and_made_so_that_it_does(parts: list[str]) -> None:
     path = "/".join(part for part in parts if part not in (".", "..")) or "x"
     legal = legal_path(path)
