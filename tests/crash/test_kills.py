@@ -269,3 +269,44 @@ def look(spool: Path, file: Path, lines: list[dict[str, Any]]) -> None:
             assert ends == ["FINISHED"], line
         elif "p" not in told:
             assert ends in ([], ["KILLED"]), line
+
+
+REPLACED = """
+import sys, time, tracelet
+exp = tracelet.start_logging(exp_name=sys.argv[1], project="kills", backend="otlp", run_id=sys.argv[1])
+step = 0
+while True:
+    {seldom}
+    exp.log_metric("loss", step, iteration=step)
+    step += 1
+    time.sleep({pause})
+"""
+
+
+@pytest.mark.parametrize(
+    ("seldom", "pause"),
+    [("exp.set_iteration(step)", 0.05), ("exp.set_tags({'at': str(step)})", 0.05), ("pass", 0.00001)],
+    ids=["iterations", "records", "full segments"],
+)
+def test_a_shipper_killed_while_training_goes_on_is_replaced_meanwhile(
+    sink: HttpSink, clean_environment: Path, seldom: str, pause: float
+) -> None:
+    run_id = "replaced"
+    code = REPLACED.format(seldom=seldom, pause=pause)
+    program = subprocess.Popen([sys.executable, "-c", code, run_id])
+    try:
+        until(lambda: bool(sink.points(run_id)), 60)
+        folder = folder_of(clean_environment, run_id)
+        first = shipper_alive(folder)
+        assert first is not None
+        os.kill(first, signal.SIGKILL)
+        until(lambda: shipper_alive(folder) not in (None, first), 60)
+        before = len(sink.points(run_id))
+        until(lambda: len(sink.points(run_id)) > before + 20, 60)
+        assert program.poll() is None  # all this while it trained
+    finally:
+        program.kill()
+        program.wait()
+    until(lambda: shipper_alive(folder) is None, 60)
+    found = {(point.iteration, point.time_unix_nano) for point in sink.points(run_id)}
+    assert sorted(iteration for iteration, _ in found) == list(range(len(found)))

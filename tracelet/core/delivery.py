@@ -80,6 +80,7 @@ class Delivery:
         """The folder was deleted, and there is a new one, of which the old one's shipper and journals know nothing."""
         self._progress = None
         self._shipper = None
+        self._in_process = None  # its threads serve the old folder, see that it is gone, and end
         self.serve()
 
     def serve(self) -> None:

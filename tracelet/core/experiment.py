@@ -279,6 +279,7 @@ class Experiment:
             self._first_iteration = number
         else:
             self._run.writer.set_iteration(number)
+            self._run.look_after()
 
     @property
     def iteration(self) -> int:

@@ -35,6 +35,8 @@ from tracelet.spool.writer import Writer
 
 __all__ = ["Run", "closed_error"]
 
+_LOOK_AFTER_S = 5.0
+
 
 class Run:
     """This process's part in one attempt. Made by `begin` (the first writer) or `join` (another process)."""
@@ -44,6 +46,7 @@ class Run:
         self.folder = Path(ticket.folder)
         self._role = role
         self.closed = False
+        self._look_at = time.monotonic() + _LOOK_AFTER_S
         self.refused_records = 0  # params, tags, spans, artifacts for which there was no room
         self._owed: list[Record] = []  # what the run begins with, as long as there was no room for it
         self.writer = Writer(
@@ -59,6 +62,7 @@ class Run:
             repeated_without_iteration=_warn_no_iteration,
             make=self._make_folder,
             passed=self._passed,
+            aside=self.look_after,
         )
         self.left_out = 0  # of what the user logged in a rank that logs nothing
         # The pen's one closure itself, not a method around it: a call more would cost a third of the price.
@@ -215,6 +219,20 @@ class Run:
             self.refused_records += 1
             what = type(record).__name__
             guard.limited("write a record", "a record (%s) is lost, %d so far: %s", what, self.refused_records, error)
+        self.look_after()
+
+    def look_after(self) -> None:
+        """See, every few seconds at most, that a shipper that was killed is replaced while training goes on.
+
+        There is no thread for it: a program with threads may not fork as it likes. So it is done where a call takes
+        long anyway, and at each new iteration. A program that does none of these is looked after at its end.
+        """
+        now = time.monotonic()
+        if now < self._look_at or self.closed:
+            return
+        self._look_at = now + _LOOK_AFTER_S
+        with guard("see to a shipper"):
+            self.delivery.serve()
 
     def _write(self, record: Record) -> None:
         kind, payload = codec.encode(record)

@@ -70,12 +70,15 @@ class Writer:
         repeated_without_iteration: Callable[[str], None] | None = None,
         make: Callable[[], object] | None = None,
         passed: Callable[[str], tuple[int, int]] = lambda writer: (1, 0),
+        aside: Callable[[], object] | None = None,
     ) -> None:
         """`make` makes the folder, and what else belongs into a new one; `passed`: the segment and slot of a writer
-        that every destination is known to have reached, asked when the folder is gone."""
+        that every destination is known to have reached, asked when the folder is gone. `aside` is called after what
+        takes long anyway: a full segment, a new name, a frame; without the lock."""
         self._folder = folder
         self._make = make if make is not None else lambda: make_folder(folder)
         self._passed = passed
+        self._aside = aside
         self._role = role
         self._opening = opening
         self._name_frame = name_frame
@@ -314,6 +317,8 @@ class Writer:
             self._retry_at = time.monotonic() + _RETRY_AFTER_S
             why = refused(self._folder, error) if isinstance(error, OSError) else error
             guard.limited("write a point", "points are not recorded (%d so far): %s", self._refused, why)
+        if self._aside is not None:
+            self._aside()
 
     def _without_iteration(self, name: str) -> int:
         """0, for a call without an iteration while none was ever set; says so once, at a name's second."""
