@@ -1,10 +1,10 @@
 """Fill a stack: three short runs with curves, params, phases and an end each, one of which fails.
 
-Needs nothing but tracelet, and a minute. With docker-compose.yml, or `scripts/stack.py up`, on this machine:
+Needs nothing but tracelet, and a minute. With docker-compose.yml: `docker compose run --rm example`. Else:
 
     OTEL_EXPORTER_OTLP_ENDPOINT=http://localhost:4318 .venv/bin/python examples/to_the_stack.py
 
-stack.py says at its start which address to use in place of that one (`otlp_http`).
+`scripts/stack.py up` says at its start which address to use in place of that one (`otlp_http`).
 """
 
 from __future__ import annotations

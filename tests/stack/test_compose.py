@@ -112,6 +112,20 @@ def test_one_service_builds_the_image_that_three_have_and_whoever_has_it_starts_
     assert list(printed["target"]) == [builder]
 
 
+def test_the_example_is_a_program_of_the_same_image_that_sends_to_the_collector() -> None:
+    example = json.loads(said("--profile", "example", "config", "--format", "json"))["services"]["example"]
+    assert example["image"] == "tracelet-stack:local"
+    assert "build" not in example
+    assert set(example["depends_on"]) == {"collector"}
+    assert example["environment"] == {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4318"}
+    (mounted,) = example["volumes"]
+    program, path = example["command"]
+    assert program == "python"
+    there = Path(mounted["source"]) / Path(path).relative_to(mounted["target"])
+    assert "OTEL_EXPORTER_OTLP_ENDPOINT" in there.read_text()
+    assert mounted["read_only"]
+
+
 def test_every_service_is_asked_for_its_health_by_itself_or_by_the_gateway(composed: dict[str, Any]) -> None:
     services = composed["services"]
     assert {name for name in SERVICES if "healthcheck" not in services[name]} == NO_SHELL
