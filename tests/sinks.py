@@ -140,6 +140,19 @@ class Sink:
             for record in scope.log_records
         ]
 
+    def ends(self, run_id: str) -> list[str]:
+        """The states of the ends that were told of a run."""
+        return [
+            attributes(event)["tracelet.run.state"]
+            for received in list(self.stored)
+            if received.signal == "logs"
+            for resource in received.message.resource_logs
+            if attributes(resource.resource)["tracelet.run.id"] == run_id
+            for scope in resource.scope_logs
+            for event in scope.log_records
+            if event.event_name == "tracelet.run.ended"
+        ]
+
 
 def attributes(message: Any) -> dict[str, Any]:
     """The attributes of any OTLP message that has some."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 from tracelet.backends import sounds_secret, without_credentials
 
-__all__ = ["MASK", "Sieve", "open_text"]
+__all__ = ["MASK", "Sieve", "SievedLines", "open_text"]
 
 MASK = "***"
 _SHORTEST = 4  # a shorter secret would blot out half of every line
@@ -147,3 +148,15 @@ def _collect(secrets: object, found: set[str]) -> None:
                 found.add(value)
             else:
                 _collect(value, found)
+
+
+class SievedLines(logging.Formatter):
+    """Lines of a log, time and level in front, with the sieve over all of it: tracebacks are words of others, too."""
+
+    def __init__(self, sieve: Sieve) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(message)s")
+        self._sieve = sieve
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line as it may be written."""
+        return self._sieve(super().format(record))

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.shipping import until
-from tests.sinks import HttpSink, Say, attributes
+from tests.sinks import HttpSink, Say
 from tracelet.spool import store
 from tracelet.spool.lease import shipper_alive
 
@@ -40,27 +40,14 @@ def stored(sink: HttpSink, run_id: str) -> Counter[tuple[str, int, int]]:
     return Counter((p.name, p.iteration, p.time_unix_nano) for p in sink.points(run_id))
 
 
-def ends(sink: HttpSink, run_id: str) -> list[str]:
-    return [
-        attributes(event)["tracelet.run.state"]
-        for received in list(sink.stored)
-        if received.signal == "logs"
-        for resource in received.message.resource_logs
-        if attributes(resource.resource)["tracelet.run.id"] == run_id
-        for scope in resource.scope_logs
-        for event in scope.log_records
-        if event.event_name == "tracelet.run.ended"
-    ]
-
-
 def test_programs_that_start_as_the_shipper_leaves_are_all_delivered(otlp_sink: HttpSink) -> None:
     """One run, again and again, each start a little later or earlier after the last one's shipper has nothing left."""
     for number in range(12):
         program = start(otlp_sink, "relay", f"m{number}", 200)
         assert program.wait(LIMIT_S) == 0
         if number % 3 == 0:
-            until(lambda number=number: len(ends(otlp_sink, "relay")) == number + 1, LIMIT_S)
-    until(lambda: len(ends(otlp_sink, "relay")) == 12, LIMIT_S)
+            until(lambda number=number: len(otlp_sink.ends("relay")) == number + 1, LIMIT_S)
+    until(lambda: len(otlp_sink.ends("relay")) == 12, LIMIT_S)
     points = stored(otlp_sink, "relay")
     assert set(points.values()) == {1}
     assert Counter(name for name, _, _ in points) == {f"m{number}": 200 for number in range(12)}
@@ -70,11 +57,11 @@ def test_two_programs_with_one_id_at_once_are_two_attempts_of_one_run(otlp_sink:
     programs = [start(otlp_sink, "twins", f"m{number}", 5000) for number in range(4)]
     for program in programs:
         assert program.wait(LIMIT_S) == 0
-    until(lambda: len(ends(otlp_sink, "twins")) == 4, LIMIT_S)
+    until(lambda: len(otlp_sink.ends("twins")) == 4, LIMIT_S)
     points = stored(otlp_sink, "twins")
     assert set(points.values()) == {1}
     assert Counter(name for name, _, _ in points) == {f"m{number}": 5000 for number in range(4)}
-    assert ends(otlp_sink, "twins") == ["FINISHED"] * 4
+    assert otlp_sink.ends("twins") == ["FINISHED"] * 4
 
 
 def test_a_run_resumed_while_its_shipper_still_drains_is_shipped_by_it(
@@ -88,7 +75,7 @@ def test_a_run_resumed_while_its_shipper_still_drains_is_shipped_by_it(
     assert start(otlp_sink, "again", "second", 3000).wait(LIMIT_S) == 0
     assert shipper_alive(folder) == shipper  # the second start found the lock taken, and left its data to it
     otlp_sink.rule = None
-    until(lambda: len(ends(otlp_sink, "again")) == 2, LIMIT_S)
+    until(lambda: len(otlp_sink.ends("again")) == 2, LIMIT_S)
     points = stored(otlp_sink, "again")
     assert Counter(name for name, _, _ in points) == {"first": 3000, "second": 3000}
     until(lambda: shipper_alive(folder) is None, LIMIT_S)
@@ -104,4 +91,4 @@ def test_of_many_shippers_of_one_folder_one_ships(otlp_sink: HttpSink, clean_env
     points = stored(otlp_sink, "shared")
     assert set(points.values()) == {1}
     assert len(points) == 20_000
-    assert ends(otlp_sink, "shared") == ["FINISHED"]
+    assert otlp_sink.ends("shared") == ["FINISHED"]

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.shipping import until
-from tests.sinks import HttpSink, Say, attributes
+from tests.sinks import HttpSink, Say
 from tests.stack.harness import is_running
 
 LIMIT_S = 60.0
@@ -115,20 +115,6 @@ def points(sink: HttpSink, run_id: str) -> list[int]:
     return [point.iteration for point in sink.points(run_id) if point.name == "loss"]
 
 
-def ends(sink: HttpSink, run_id: str) -> list[str]:
-    """The ends that were told of a run, by state."""
-    return [
-        attributes(event)["tracelet.run.state"]
-        for received in list(sink.stored)
-        if received.signal == "logs"
-        for resource in received.message.resource_logs
-        if attributes(resource.resource)["tracelet.run.id"] == run_id
-        for scope in resource.scope_logs
-        for event in scope.log_records
-        if event.event_name == "tracelet.run.ended"
-    ]
-
-
 @pytest.fixture
 def spool(tmp_path: Path) -> Path:
     """Not there yet: the sidecar may be up before training has made it."""
@@ -142,7 +128,7 @@ def test_runs_that_come_one_after_the_other_are_delivered_to_their_ends(
         for number in range(3):
             with training(spool, otlp_sink, f"run-{number}", 2000) as program:
                 assert program.wait(LIMIT_S) == 0  # stop() waits for nobody
-            until(lambda number=number: ends(otlp_sink, f"run-{number}") == ["FINISHED"], LIMIT_S)
+            until(lambda number=number: otlp_sink.ends(f"run-{number}") == ["FINISHED"], LIMIT_S)
             assert points(otlp_sink, f"run-{number}") == list(range(2000))
         assert sidecar.process.poll() is None  # it goes on
         assert sidecar.terminate() == 0, sidecar.said
@@ -154,11 +140,11 @@ def test_a_killed_program_is_noticed_by_its_lock_across_namespaces(
     with Sidecar(spool, tmp_path / "sidecar.log") as sidecar:
         with training(spool, otlp_sink, "killed", 5000, "wait") as program:
             until(lambda: len(points(otlp_sink, "killed")) == 5000, LIMIT_S)
-            assert ends(otlp_sink, "killed") == []
+            assert otlp_sink.ends("killed") == []
             program.kill()
             program.wait()
-            until(lambda: ends(otlp_sink, "killed"), LIMIT_S)
-        assert ends(otlp_sink, "killed") == ["KILLED"]
+            until(lambda: otlp_sink.ends("killed"), LIMIT_S)
+        assert otlp_sink.ends("killed") == ["KILLED"]
         assert points(otlp_sink, "killed") == list(range(5000))
         assert sidecar.terminate() == 0, sidecar.said
 
@@ -168,7 +154,7 @@ def test_a_run_that_starts_again_is_taken_up_again(spool: Path, tmp_path: Path, 
         for attempt in range(2):
             with training(spool, otlp_sink, "again", 100) as program:
                 assert program.wait(LIMIT_S) == 0
-            until(lambda attempt=attempt: len(ends(otlp_sink, "again")) == attempt + 1, LIMIT_S)
+            until(lambda attempt=attempt: len(otlp_sink.ends("again")) == attempt + 1, LIMIT_S)
         assert points(otlp_sink, "again") == [*range(100), *range(100)]
         assert sidecar.terminate() == 0, sidecar.said
 
@@ -179,7 +165,7 @@ def test_sigterm_drains_what_is_there_and_says_what_is_left(spool: Path, tmp_pat
         assert program.wait(LIMIT_S) == 0
         assert sidecar.terminate() == 0, sidecar.said
     assert points(otlp_sink, "late") == list(range(50_000))
-    assert ends(otlp_sink, "late") == ["FINISHED"]
+    assert otlp_sink.ends("late") == ["FINISHED"]
 
 
 def test_with_nobody_taking_it_leaves_when_told_with_1_and_the_data_is_safe(
@@ -207,7 +193,7 @@ def test_named_runs_are_followed_until_they_are_over(spool: Path, tmp_path: Path
         assert sidecar.process.poll() is None
         program.kill()
         assert sidecar.process.wait(LIMIT_S) == 0, sidecar.said
-    assert ends(otlp_sink, "one") == ["KILLED"]
+    assert otlp_sink.ends("one") == ["KILLED"]
 
 
 def test_a_sidecar_that_is_killed_is_followed_by_another_and_nothing_is_lost(
@@ -220,7 +206,7 @@ def test_a_sidecar_that_is_killed_is_followed_by_another_and_nothing_is_lost(
             until(lambda: not is_running(first.process.pid), LIMIT_S)
         with Sidecar(spool, tmp_path / "second.log", apart=False) as second:
             program.kill()
-            until(lambda: ends(otlp_sink, "twice") == ["KILLED"], LIMIT_S)
+            until(lambda: otlp_sink.ends("twice") == ["KILLED"], LIMIT_S)
             assert second.terminate() == 0, second.said
     # A batch whose answer the first one did not live to see is sent again, with the same times.
     found = {(p.iteration, p.time_unix_nano) for p in otlp_sink.points("twice") if p.name == "loss"}

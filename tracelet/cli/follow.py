@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tracelet.cli.find import chosen
-from tracelet.cli.masking import Sieve
 from tracelet.settings import Settings
 from tracelet.shipper.follow import Follower, Served
+from tracelet.sieve import Sieve, SievedLines
 from tracelet.spool.store import RunFolder
 
 __all__ = ["run"]
@@ -58,12 +58,8 @@ def _tell(one: Served, sieve: Sieve) -> None:
 
 
 def _log_to_stderr(sieve: Sieve) -> None:
-    class Sieved(logging.Formatter):
-        def format(self, record: logging.LogRecord) -> str:
-            return sieve(super().format(record))
-
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(Sieved("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(SievedLines(sieve))
     log = logging.getLogger("tracelet")
     log.addHandler(handler)
     log.setLevel(logging.WARNING)

@@ -208,16 +208,10 @@ def _read_secrets() -> dict[str, Any]:
 
 def _log_to_stderr(secrets: Mapping[str, Any]) -> None:
     """Log to `shipper.log`, all of it through the sieve: tracebacks and other libraries' lines are words of others."""
-    from tracelet.sieve import Sieve
-
-    sieve = Sieve(os.environ, secrets.values())
-
-    class Sieved(logging.Formatter):
-        def format(self, record: logging.LogRecord) -> str:
-            return sieve(super().format(record))
+    from tracelet.sieve import Sieve, SievedLines
 
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(Sieved("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(SievedLines(Sieve(os.environ, secrets.values())))
     log = logging.getLogger("tracelet")
     log.addHandler(handler)
     log.setLevel(logging.INFO)
