@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tracelet import backends, settings
 from tracelet.cli.facts import LOST, RUNNING, Destination, Facts, look, newest
@@ -22,6 +22,9 @@ from tracelet.settings import Settings
 from tracelet.shipper.process import ship
 from tracelet.spool import home, lease, store
 from tracelet.spool.cursor import Progress
+
+if TYPE_CHECKING:
+    from tracelet.shipper.shipment import Outcome
 
 __all__ = ["EXAMPLES", "add", "run"]
 
@@ -160,17 +163,21 @@ class Job:
         try:
             if facts.problem is not None or facts.manifest is None:
                 raise SpoolError(facts.problem or f"{facts.folder} has no manifest yet: its program has just begun")
-            if facts.shipper_pid is not None or self._is_served_elsewhere(facts):
-                watched = self._watch(facts, title)
-                if watched is not None:
-                    return watched
-            facts = _again(facts)
-            secrets = self._destinations_for(facts)
-            facts = _again(facts)
-            if not facts.waits:
-                print(f"{title}: all is delivered to {_names(facts)}")
-                return True
-            return self._ship(facts, title, secrets)
+            while True:
+                if facts.shipper_pid is not None or self._is_served_elsewhere(facts):
+                    watched = self._watch(facts, title)
+                    if watched is not None:
+                        return watched
+                facts = _again(facts)
+                secrets = self._destinations_for(facts)
+                facts = _again(facts)
+                if not facts.waits:
+                    print(f"{title}: all is delivered to {_names(facts)}")
+                    return True
+                shipped = self._ship(facts, title, secrets)
+                if shipped is not None:
+                    return shipped
+                facts = _again(facts)  # somebody else was quicker: watched then, or done
         except TraceletError as error:
             print(f"{title}: not delivered: {error}")
             return False
@@ -259,14 +266,18 @@ class Job:
 
     # ---- shipping ---------------------------------------------------------------------------------------------------
 
-    def _ship(self, facts: Facts, title: str, secrets: Mapping[str, Mapping[str, Any]]) -> bool:
+    def _ship(self, facts: Facts, title: str, secrets: Mapping[str, Mapping[str, Any]]) -> bool | None:
+        """Whether nothing is left; None if another shipper took the run first."""
         watch, stop, errors = Watch(), threading.Event(), list[BaseException]()
+        outcomes: list[Outcome] = []
         environ = self._settings.environ
 
         def work() -> None:
             try:
                 gone = self._assume_dead or facts.folder in self._gone_elsewhere
-                ship(facts.folder, secrets=secrets, environ=environ, stop=stop, build=watch.build, assume_dead=gone)
+                outcomes.append(
+                    ship(facts.folder, secrets=secrets, environ=environ, stop=stop, build=watch.build, assume_dead=gone)
+                )
             except BaseException as error:  # noqa: BLE001 - handed to the main thread, which raises it
                 errors.append(error)
 
@@ -288,6 +299,8 @@ class Job:
             self._line.clear()
         if errors:
             raise errors[0]
+        if outcomes and outcomes[0].joined:
+            return None
         return self._tell(facts, title, watch, pace, time.monotonic() - started)
 
     def _is_hopeless(self, watch: Watch, pace: Pace) -> bool:
