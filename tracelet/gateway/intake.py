@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tracelet.errors import ConfigError, SpoolError
+from tracelet.errors import ConfigError, SpoolError, TraceletError
 from tracelet.exporters import registry
 from tracelet.gateway import repeats
 from tracelet.gateway.callers import Caller, Forbidden, Full, IntakeInfo, Taken
@@ -256,8 +256,11 @@ class Intake:
     def keep_house(self) -> None:
         """What is due now: runs noted as lost, quiet files closed, quiet runs forgotten, the spool measured."""
         for run_id in self._silence.overdue():
-            with guard(f"note run {run_id} as lost"):
-                self._note_lost(run_id)
+            try:
+                with guard(f"note run {run_id} as lost"):
+                    self._note_lost(run_id)
+            except TraceletError as error:  # no room, a damaged manifest: it stays overdue, and is noted later
+                guard.limited("note a run as lost", "run %s can't be noted as lost now: %s", run_id, error)
         now = time.monotonic()
         for run in list(self._runs.values()):
             with guard(f"close the files of run {run.run_id}"):

@@ -115,3 +115,20 @@ def test_silence_is_counted_from_the_last_word() -> None:
     assert (silence.overdue(), silence.counts()) == ([], (1, 1))
     silence.heard("a")
     assert silence.counts() == (2, 0)
+
+
+def test_a_run_that_cannot_be_noted_as_lost_now_is_noted_later_and_the_house_is_kept(tmp_path: Path) -> None:
+    memory, clock = Memory(), Clock()
+    with started(tmp_path, memory, clock=clock, lost_after_s=100.0) as intake:
+        take(intake, arrival(points=[("a", 1.0, 1)]))
+        (manifest,) = tmp_path.rglob("manifest.json")
+        whole = {path: path.read_bytes() for path in manifest.parent.glob("manifest*json*")}
+        for path in whole:
+            path.write_bytes(b"{ damaged")
+        clock.ahead_s = 150.0
+        intake.keep_house()
+        assert intake.run_info().lost == 0
+        for path, content in whole.items():
+            path.write_bytes(content)
+        intake.keep_house()
+        until(lambda: states(memory) == [LOST])
