@@ -27,6 +27,7 @@ __all__ = [
     "Chosen",
     "Console",
     "File",
+    "Live",
     "MLflow",
     "Prometheus",
     "Spec",
@@ -129,7 +130,19 @@ class File:
     path: str | os.PathLike[str] | None = None
 
 
-Spec = MLflow | OTLP | Prometheus | Console | File
+@dataclass(frozen=True, slots=True)
+class Live:
+    """A live OpenTelemetry exporter object; `backend=` takes the object itself, this is what becomes of it.
+
+    It can't cross to another process, so a thread of the training process serves it, as long as that process lives.
+    `number` tells exporters of one class in one list apart.
+    """
+
+    exporter: object
+    number: int = 0
+
+
+Spec = MLflow | OTLP | Prometheus | Console | File | Live
 _SPECS: Mapping[str, type[MLflow] | type[OTLP] | type[Prometheus] | type[Console] | type[File]] = {
     "mlflow": MLflow,
     "otlp": OTLP,
@@ -137,12 +150,22 @@ _SPECS: Mapping[str, type[MLflow] | type[OTLP] | type[Prometheus] | type[Console
     "console": Console,
     "file": File,
 }
-_KINDS = {spec: name for name, spec in _SPECS.items()}
+_KINDS: Mapping[type, str] = {**{spec: name for name, spec in _SPECS.items()}, Live: "live"}  # Live has no name to say
+
+# By signal: the SDK's interface, and the module whose import is a precondition of having an object of it.
+_INTERFACES = {
+    "metrics": ("opentelemetry.sdk.metrics.export", "MetricExporter"),
+    "traces": ("opentelemetry.sdk.trace.export", "SpanExporter"),
+    "logs": ("opentelemetry.sdk._logs.export", "LogRecordExporter"),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """Where a run goes: destinations for the manifest, their secrets for the shipper alone, and why, in a line."""
+    """Where a run goes: destinations for the manifest, their secrets for the shipper alone, and why, in a line.
+
+    A live exporter rides among the secrets, {"exporter": object}: like them it is never written, and never pickled.
+    """
 
     destinations: tuple[dict[str, Any], ...]
     secrets: dict[str, dict[str, Any]] = field(repr=False)  # destination id -> secrets; only those that have some
@@ -168,13 +191,17 @@ def parse(backend: object) -> tuple[Spec, ...]:
         raise ConfigError(f"backend {backend!r} names no destination: use {_names()}, or leave it out", backend=backend)
     unique: list[Spec] = []
     for spec in specs:  # headers make an OTLP unhashable, so no dict.fromkeys
-        if spec not in unique:
+        if isinstance(spec, Live):  # an exporter may compare itself as it likes; the object is what counts
+            if not any(isinstance(one, Live) and one.exporter is spec.exporter for one in unique):
+                of_its_class = (o for o in unique if isinstance(o, Live) and type(o.exporter) is type(spec.exporter))
+                unique.append(Live(spec.exporter, sum(1 for _ in of_its_class)))
+        elif spec not in unique:
             unique.append(spec)
     return tuple(unique)
 
 
 def _each(backend: object) -> Iterable[Spec]:
-    if isinstance(backend, (MLflow, OTLP, Prometheus, Console, File)):
+    if isinstance(backend, (MLflow, OTLP, Prometheus, Console, File, Live)):
         yield backend
     elif isinstance(backend, str):
         for name in backend.split(","):
@@ -185,16 +212,20 @@ def _each(backend: object) -> Iterable[Spec]:
             yield from _each(item)
     elif isinstance(backend, type) and backend in _KINDS:
         raise ConfigError(f"backend is the class {backend.__name__}: write {backend.__name__}()", backend=backend)
-    elif hasattr(backend, "export"):
-        raise ConfigError(
-            f"backend is a live exporter ({type(backend).__name__}), which can't cross to the shipper's process; this"
-            " is not built yet: use tracelet.OTLP(endpoint=...), from which the shipper makes its own",
-            backend=backend,
-        )
+    elif hasattr(backend, "export") and not isinstance(backend, type):
+        if not _signals_taken(backend):
+            raise ConfigError(
+                f"backend {type(backend).__name__} is none of OpenTelemetry's exporters: make it a subclass of"
+                " SpanExporter, MetricExporter or LogRecordExporter of opentelemetry.sdk, so that it is known what it"
+                " takes",
+                backend=backend,
+            )
+        yield Live(backend)
     else:
         raise ConfigError(
             f"backend can't be of type {type(backend).__name__}: use {_names()}, tracelet.MLflow(...),"
-            " tracelet.OTLP(...), tracelet.Prometheus(...), or a list of these",
+            " tracelet.OTLP(...), tracelet.Prometheus(...), an exporter object of OpenTelemetry's SDK, or a list of"
+            " these",
             backend=backend,
         )
 
@@ -208,6 +239,16 @@ def _named(name: str) -> Spec:
     near = difflib.get_close_matches(name.lower(), _SPECS, n=1, cutoff=0.4)
     advice = f"did you mean {near[0]!r}?" if near else f"there are {_names()}"
     raise ConfigError(f"backend {name!r} is none: {advice}", backend=name, nearest=near[0] if near else None)
+
+
+def _signals_taken(exporter: object) -> tuple[str, ...]:
+    """The signals that an exporter object of OpenTelemetry's SDK takes, by the interfaces it has."""
+    taken = []
+    for signal, (module, name) in _INTERFACES.items():
+        interface = getattr(sys.modules.get(module), name, None)  # not loaded: nobody can have an object of it
+        if isinstance(interface, type) and isinstance(exporter, interface):
+            taken.append(signal)
+    return tuple(taken)
 
 
 def _names() -> str:
@@ -237,13 +278,18 @@ def to_destination(spec: Spec, environ: Mapping[str, str], cwd: Path) -> tuple[d
     elif isinstance(spec, File):
         path = os.path.abspath(cwd / Path(spec.path or "tracelet.otlp.jsonl").expanduser())
         fields, secrets, address = {"path": path}, {}, path
+    elif isinstance(spec, Live):
+        name = f"{type(spec.exporter).__module__}.{type(spec.exporter).__qualname__}"
+        fields = {"exporter": name, "signals": list(_signals_taken(spec.exporter))}
+        # The same exporters in the next attempt are the same destinations: what they had not taken, these get.
+        secrets, address = {"exporter": spec.exporter}, [name, spec.number]
     else:
         fields, secrets, address = {}, {}, None
     kind = _KINDS[type(spec)]
     digest = hashlib.sha256(json.dumps([kind, address], sort_keys=True).encode()).hexdigest()[:8]
     destination: dict[str, Any] = {"id": f"{kind}-{digest}", "kind": kind, "spec": fields}
-    if kind == "console":
-        # It is the training program's own terminal, so a thread of that program writes to it, not the shipper.
+    if kind in ("console", "live"):
+        # The training program's own terminal, or an object in it: a thread of that program serves it, no shipper.
         destination["in_process"] = True
     return destination, secrets
 
@@ -483,14 +529,28 @@ def choose(
         destinations.append(destination)
         if own:
             secrets[destination["id"]] = own
+        if destination["kind"] == "live":
+            continue
         silent = [s for s in SIGNALS if s not in destination["spec"].get("signals", SIGNALS)]
         if destination["kind"] == "prometheus" and len(specs) == 1:
             notes.append("Prometheus takes metrics only: params, tags, spans and files stay in the spool")
         if silent:
             notes.append(f"{', '.join(silent)} not sent: no OTLP endpoint is set for them")
+    live = [destination for destination in destinations if destination["kind"] == "live"]
+    if live:
+        notes.append(_ends_with_the_program(live))
     where = " and ".join(_shown(destination) for destination in destinations)
     line = f"goes to {where} ({reason})" if destinations else f"stays in the spool ({reason})"
     return Chosen(tuple(destinations), secrets, "; ".join([line, *notes]))
+
+
+def _ends_with_the_program(live: Iterable[Mapping[str, Any]]) -> str:
+    """What whoever hands over exporter objects has to know of them."""
+    each = [f"the {' and '.join(d['spec']['signals'])} to {d['spec']['exporter'].rpartition('.')[2]}" for d in live]
+    return (
+        f"a thread of this program hands {', '.join(each)}, and it dies with the program: what has not been taken by"
+        " then stays in the spool"
+    )
 
 
 def _from_environment(
@@ -537,4 +597,6 @@ def _shown(destination: Mapping[str, Any]) -> str:
         return f"Prometheus at {spec['url']}"
     if destination["kind"] == "mlflow":
         return f"MLflow at {spec['tracking_uri']}"
+    if destination["kind"] == "live":
+        return f"the live exporter {spec['exporter'].rpartition('.')[2]}"
     return f"the file {spec['path']}" if destination["kind"] == "file" else "the console"

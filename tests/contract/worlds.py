@@ -16,13 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from opentelemetry.exporter.otlp.proto.common._log_encoder import encode_logs
+from opentelemetry.exporter.otlp.proto.common.metrics_encoder import encode_metrics
+from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
+from opentelemetry.sdk._logs.export import LogRecordExporter, LogRecordExportResult
+from opentelemetry.sdk.metrics.export import MetricExporter, MetricExportResult, MetricsData
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
 from tests.otlp_batches import otlp_spec
 from tests.servers import MlflowServer, Proxy, Spoil, get_run, recording_proxy, rows_of
-from tests.sinks import GrpcSink, HttpSink, Point, Say, Sink, attributes
+from tests.sinks import GrpcSink, HttpSink, Point, Received, Say, Sink, attributes
 from tracelet.exporters.base import Delivered, Exporter
 from tracelet.exporters.console import ConsoleExporter
 from tracelet.exporters.file import FileExporter
+from tracelet.exporters.live import LiveExporter
 from tracelet.exporters.otlp import OTLPExporter
 from tracelet.exporters.prometheus import PrometheusExporter
 from tracelet.ids import new_run_id
@@ -128,6 +136,43 @@ class OtlpWorld(World):
         self.sink.rule = lambda _: Say(503, code=grpc.StatusCode.UNAVAILABLE)
         yield
         self.sink.rule = None
+
+
+class Kept(SpanExporter, MetricExporter, LogRecordExporter):
+    """An exporter object of a program, for all three signals: keeps what the SDK's encoders make of what it gets."""
+
+    def __init__(self, sink: Sink) -> None:
+        MetricExporter.__init__(self)
+        self._sink = sink
+
+    def export(self, given: Any, *_: Any, **__: Any) -> Any:
+        if isinstance(given, MetricsData):
+            signal, message, results = "metrics", encode_metrics(given), MetricExportResult
+        elif isinstance(given[0], ReadableSpan):
+            signal, message, results = "traces", encode_spans(given), SpanExportResult
+        else:
+            signal, message, results = "logs", encode_logs(given), LogRecordExportResult
+        body = message.SerializeToString()
+        said = self._sink.decide(Received(signal, message, body, {}, len(body)))
+        return results.SUCCESS if said.status < 300 else results.FAILURE
+
+    def force_flush(self, timeout_millis: float = 0) -> bool:
+        return True
+
+    def shutdown(self, *_: Any, **__: Any) -> None:
+        raise AssertionError("the object belongs to the program, and is not shut down for it")
+
+
+class LiveWorld(OtlpWorld):
+    """An exporter object of the training program."""
+
+    def __init__(self) -> None:
+        super().__init__(Sink(), "http://nobody", "http/protobuf")
+        self.name = "live"
+
+    def make(self) -> Exporter:
+        spec = {"exporter": "tests.Kept", "signals": ["metrics", "traces", "logs"]}
+        return LiveExporter(spec, {"exporter": Kept(self.sink)}, {})
 
 
 class PrometheusWorld(OtlpWorld):
@@ -312,6 +357,10 @@ def grpc_world(_: Any) -> Iterator[World]:
         yield OtlpWorld(sink, sink.endpoint, "grpc")
 
 
+def live_world(_: Any) -> Iterator[World]:
+    yield LiveWorld()
+
+
 def prometheus_world(_: Any) -> Iterator[World]:
     with HttpSink() as sink:
         yield PrometheusWorld(sink, sink.endpoint)
@@ -334,6 +383,7 @@ def mlflow_world(request: Any) -> Iterator[World]:
 WORLDS = {
     "otlp-http": http_world,
     "otlp-grpc": grpc_world,
+    "live": live_world,
     "prometheus": prometheus_world,
     "file": file_world,
     "console": console_world,

@@ -110,11 +110,42 @@ def test_prometheus_takes_what_is_open_from_the_settings() -> None:
     assert "metrics only" in named.why
 
 
-def test_a_live_exporter_is_refused_with_the_specification_to_use() -> None:
+def test_exporter_objects_stand_in_a_list_with_names_and_each_gets_its_own_signals() -> None:
+    from opentelemetry.sdk._logs.export import InMemoryLogRecordExporter
     from opentelemetry.sdk.metrics.export import ConsoleMetricExporter
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-    with pytest.raises(ConfigError, match=r"live exporter \(ConsoleMetricExporter\).*tracelet.OTLP"):
-        parse(ConsoleMetricExporter())
+    spans, again, logs, metrics = (
+        InMemorySpanExporter(),
+        InMemorySpanExporter(),
+        InMemoryLogRecordExporter(),
+        ConsoleMetricExporter(),
+    )
+    choice = chosen(["file", spans, logs, metrics, spans, again])
+    assert kinds(choice) == ["file", "live", "live", "live", "live"]  # one that is named twice is one
+    live = choice.destinations[1:]
+    assert [one["spec"]["signals"] for one in live] == [["traces"], ["logs"], ["metrics"], ["traces"]]
+    assert len({one["id"] for one in live}) == 4
+    assert all(one["in_process"] for one in live)
+    assert [choice.secrets[one["id"]]["exporter"] for one in live] == [spans, logs, metrics, again]
+    json.dumps(choice.destinations)  # nothing of the objects is in the manifest
+    assert "it dies with the program" in choice.why
+    assert "the traces to InMemorySpanExporter, the logs to InMemoryLogRecordExporter" in choice.why
+
+
+def test_the_same_exporters_of_a_next_start_are_the_same_destinations() -> None:
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    starts = [chosen([InMemorySpanExporter(), InMemorySpanExporter()]) for _ in range(2)]
+    assert [d["id"] for d in starts[0].destinations] == [d["id"] for d in starts[1].destinations]
+
+
+def test_an_object_that_is_no_exporter_of_the_sdk_is_told_what_to_be() -> None:
+    class Mine:
+        def export(self, spans: object) -> None: ...
+
+    with pytest.raises(ConfigError, match="Mine is none of OpenTelemetry's exporters: make it a subclass of Span"):
+        parse(Mine())
 
 
 @pytest.mark.parametrize("backend", [[], "", " , ", 5, {"mlflow": 1}, MLflow, object()])

@@ -269,4 +269,6 @@ def address(destination: Mapping[str, Any]) -> str:
         variables = spec.get("environment", {})
         named = spec.get("endpoint") or next((v for n, v in variables.items() if n.endswith("ENDPOINT")), None)
         return str(named) if named else "OTLP's default on localhost"
+    if kind == "live":
+        return f"an object of the program ({spec.get('exporter', '?')})"
     return "its own output" if kind == "console" else "?"

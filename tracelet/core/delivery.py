@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -96,9 +96,16 @@ class Delivery:
                 module = import_module("tracelet.shipper.inprocess")
                 self._in_process = module.start_all(self._folder, ticket.secrets, ticket.environ or os.environ)
             return
-        if ticket.shipper != "process":
-            return
         here = [d for d in ticket.destinations if d.get("in_process")]
+        if ticket.shipper != "process":
+            if self._first and ticket.rank == 0 and any(d["kind"] == "live" for d in here):
+                guard.limited(
+                    "serve a live exporter",
+                    "run %s: the exporter object given as backend gets nothing, because TRACELET_SHIPPER is off and"
+                    " nobody but this program could serve it",
+                    ticket.run_id,
+                )
+            return
         if here and self._in_process is None and self._first and ticket.rank == 0:
             module = import_module("tracelet.shipper.inprocess")
             self._in_process = module.start(self._folder, here, ticket.secrets, ticket.environ)
@@ -116,7 +123,8 @@ class Delivery:
             )
             return
         try:
-            self._shipper = launch.start_shipper(self._folder, ticket.secrets, environ=ticket.environ or os.environ)
+            secrets = {name: own for name, own in ticket.secrets.items() if name not in {d["id"] for d in here}}
+            self._shipper = launch.start_shipper(self._folder, secrets, environ=ticket.environ or os.environ)
         except OSError as error:
             guard.limited(
                 "start the shipper",
@@ -131,8 +139,12 @@ class Delivery:
         *,
         timeout_s: float | None = None,
         stalled_s: float | None = None,
+        at: Collection[str] | None = None,
     ) -> bool:
-        """Wait until `reached`, at most `timeout_s`, and at most `stalled_s` without any progress; whether it was."""
+        """Wait until `reached`, at most `timeout_s`, and at most `stalled_s` without any progress; whether it was.
+
+        `at`: the destinations (ids) whose progress counts; None: all.
+        """
         started = moved = time.monotonic()
         looked_after = started
         before: object = None
@@ -142,7 +154,11 @@ class Delivery:
             if reached(progress):
                 return True
             now = time.monotonic()
-            state = [(dict(d.positions), d.refused, dict(d.done)) for d in progress.destinations.values()]
+            state = [
+                (dict(d.positions), d.refused, dict(d.done))
+                for name, d in progress.destinations.items()
+                if at is None or name in at
+            ]
             if state != before:
                 before, moved = state, now
             if timeout_s is not None and now - started >= timeout_s:
@@ -165,7 +181,7 @@ class Delivery:
 
     def links(self, timeout_s: float) -> dict[str, str]:
         """Each destination's address of the run, by the destination's kind, as far as known within `timeout_s`."""
-        wanted = [d for d in self._ticket.destinations if d["kind"] not in ("console", "file")]
+        wanted = [d for d in self._ticket.destinations if d["kind"] not in ("console", "file", "live")]
         self.wait(lambda p: all(_memory(p, d["id"]).get("link") for d in wanted), timeout_s=timeout_s)
         self.tell_links()
         found = {}
@@ -214,24 +230,25 @@ class Delivery:
 
     def after_end(self, seen_by: str, timeout_s: float | None) -> None:
         """Wait as long as the promise of `stop` says after END was written, and tell what is left."""
+        done = True
         if self._first:
-            self._wait_after_end(seen_by, timeout_s)
+            done = self._wait_after_end(seen_by, timeout_s)
         elif self._writer.writer_id is not None:
             self.serve()  # the run's own shipper may be gone
         if self._in_process is not None:
-            # All of it has been waited for above, where a thread ships everything.
-            self._in_process.stop(1.0 if self._ticket.shipper == "thread" else 5.0)
+            # All of it has been waited for above, where a thread ships everything, or has been given up.
+            self._in_process.stop(0.0 if not done else 1.0 if self._ticket.shipper == "thread" else 5.0)
 
-    def _wait_after_end(self, seen_by: str, timeout_s: float | None) -> None:
+    def _wait_after_end(self, seen_by: str, timeout_s: float | None) -> bool:
         ticket = self._ticket
         if not ticket.destinations or ticket.shipper == "off":
-            return
+            return True
         if not self._folder.exists():
             logger.warning(
                 "run %s: its folder was deleted, and there is no new one: nothing more of it is delivered, and its"
                 " destinations don't hear of its end", ticket.run_id
             )  # fmt: skip
-            return
+            return False
         self.serve()
         heads = self._writer.heads()
         provisional = seen_by in ("exit", "exit-code")
@@ -248,6 +265,11 @@ class Delivery:
 
         if self.outlived:
             done = self.wait(reached, timeout_s=OUTLIVED_WAIT_S if timeout_s is None else timeout_s)
+            here = self._served_here()
+            if here and not done and timeout_s is None:
+                # These end with this program, whatever the shipper does: the rule of places where nothing outlives it.
+                self.wait(lambda p: not self._unended(here) or reached(p), stalled_s=STALLED_S, at=here)
+                done = reached(self.progress)
         elif seen_by == "signal":
             done = self.wait(reached, timeout_s=ticket.grace_s)
         else:
@@ -255,6 +277,16 @@ class Delivery:
         self.tell_links()
         if not done:
             self._tell_rest()
+        return done
+
+    def _served_here(self) -> list[str]:
+        """The destinations (ids) that a thread of this very process serves beside the shipper."""
+        return [d["id"] for d in self._ticket.destinations if d.get("in_process") and self._in_process is not None]
+
+    def _unended(self, among: Collection[str]) -> list[str]:
+        """Those of these destinations (ids) that don't have the end of this attempt."""
+        there = self.progress.destinations
+        return [name for name in among if name not in there or self._ticket.attempt_key not in there[name].done]
 
     def _others_live(self) -> bool:
         mine = self._writer.writer_ids()
@@ -262,21 +294,44 @@ class Delivery:
         return any(lease.is_alive(self._folder, writer) for writer in others)
 
     def _tell_rest(self) -> None:
-        waiting = self.stats().waiting
-        what = f"{waiting:,} points" if waiting else "the end of the run"
-        where = ", ".join(d["kind"] for d in self._ticket.destinations)
+        left = self._unended([d["id"] for d in self._ticket.destinations])
+        served = self._served_here()
+        here = [d for d in self._ticket.destinations if d["id"] in left and d["id"] in served]
+        elsewhere = [d for d in self._ticket.destinations if d["id"] in left and d["id"] not in served]
+        if here:
+            logger.warning(
+                "run %s: %s not delivered to %s, which ends with this program. It is safe in the spool (%s); start the"
+                " run again with the same backend and run_id=%r, and it is delivered",
+                self._ticket.run_id, self._waiting(here), _kinds(here), self._folder, self._ticket.run_id,
+            )  # fmt: skip
+        if not elsewhere:
+            return
         if self.outlived:
             logger.warning(
                 "run %s: %s still on the way to %s; the shipper goes on in the background."
                 " If this machine goes down first: tracelet ship %s",
-                self._ticket.run_id, what, where, self._folder,
+                self._ticket.run_id, self._waiting(elsewhere), _kinds(elsewhere), self._folder,
             )  # fmt: skip
         else:
             logger.warning(
                 "run %s: %s not delivered to %s, and nothing outlives this process here (%s)."
                 " The data is safe in the spool; deliver it with: tracelet ship %s",
-                self._ticket.run_id, what, where, self._cannot_outlive, self._folder,
+                self._ticket.run_id, self._waiting(elsewhere), _kinds(elsewhere), self._cannot_outlive, self._folder,
             )  # fmt: skip
+
+    def _waiting(self, destinations: Collection[Mapping[str, Any]]) -> str:
+        """What the slowest of them lacks, in words."""
+        there = self.progress.destinations
+        at = [there[d["id"]] for d in destinations if d["id"] in there]
+        settled = min((d.delivered + d.refused for d in at), default=0) if len(at) == len(destinations) else 0
+        waiting = max(0, self._writer.counts().points - self._writer.delivered_before - settled)
+        return f"{waiting:,} points" if waiting else "the end of the run"
+
+
+def _kinds(destinations: Collection[Mapping[str, Any]]) -> str:
+    return ", ".join(
+        d["spec"]["exporter"].rpartition(".")[2] if d["kind"] == "live" else d["kind"] for d in destinations
+    )
 
 
 def _memory(progress: Progress, destination_id: str) -> Mapping[str, Any]:

@@ -17,6 +17,7 @@ KINDS: Mapping[str, tuple[str, str]] = {
     "prometheus": ("tracelet.exporters.prometheus", "PrometheusExporter"),
     "console": ("tracelet.exporters.console", "ConsoleExporter"),
     "file": ("tracelet.exporters.file", "FileExporter"),
+    "live": ("tracelet.exporters.live", "LiveExporter"),
 }
 """Each kind of destination: the module and the class that serve it."""
 
@@ -27,6 +28,12 @@ _WITH: Mapping[str, tuple[str, ...]] = {
         "opentelemetry.exporter.otlp.proto.common.trace_encoder",
         "opentelemetry.sdk.trace",
         "opentelemetry.sdk.metrics",
+        "opentelemetry.sdk._logs",
+    ),
+    "live": (
+        "opentelemetry.exporter.otlp.proto.common.trace_encoder",
+        "opentelemetry.sdk.trace",
+        "opentelemetry.sdk.metrics.export",
         "opentelemetry.sdk._logs",
     ),
     "prometheus": ("tracelet.exporters.prometheus_http",),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,11 @@ __all__ = ["Handle", "start", "start_all"]
 class Handle:
     """What was started; after a fork the child has no threads, and the handle is good for nothing."""
 
-    def __init__(self, shipment: Shipment, lock: ShipperLock | None = None) -> None:
+    def __init__(self, shipment: Shipment, locks: Sequence[ShipperLock], *, whole: bool = False) -> None:
+        """`whole`: it is the run's shipper, and so clears the folder away."""
         self._shipment = shipment
-        self._lock = lock
+        self._locks = locks
+        self._whole = whole
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="tracelet in-process", daemon=True)
         self._thread.start()
@@ -38,12 +40,12 @@ class Handle:
         try:
             with guard("ship in this process"):
                 self._shipment.run(follow=True, stop=self._stop)
-                if self._lock is not None and self._shipment.is_complete():
+                if self._whole and self._shipment.is_complete():
                     self._shipment.tidy()
                 self._shipment.close()
         finally:
-            if self._lock is not None:
-                self._lock.release()
+            for lock in self._locks:
+                lock.release()
 
     def stop(self, timeout_s: float) -> None:
         """Let it deliver what was logged, at most `timeout_s`; what is left then is left for good with the process."""
@@ -61,14 +63,27 @@ def start(
     environ: Mapping[str, str],
     *,
     build: Build = registry.build,
-) -> Handle:
+) -> Handle | None:
     """Serve just these destinations of `folder` until the run's writers in this process have ended.
+
+    One that another process of the run serves already is left to it, and so is None where that is all of them: two
+    would write one journal.
 
     Raises:
         SpoolError: the folder has no manifest this release can read.
     """
     manifest = read_manifest(folder)
     assert manifest is not None, "an attempt's manifest is written before anything serves it"
+    locks, mine = [], []
+    for destination in destinations:
+        lock = ShipperLock(folder, f"served-{destination['id']}")
+        if lock.acquire():
+            locks.append(lock)
+            mine.append(destination)
+        else:
+            logger.info("another process serves %s of run %s", destination["id"], manifest.run_id)
+    if not mine:
+        return None
     shipment = Shipment(
         folder,
         manifest,
@@ -76,10 +91,12 @@ def start(
         secrets=secrets,
         build=build,
         deaths=Deaths(folder, is_alive=lambda writer: _is_alive(shipment, writer)),
-        only=[str(destination["id"]) for destination in destinations],
+        only=[str(destination["id"]) for destination in mine],
         in_process=True,
+        suppress=suppress_instrumentation,
     )
-    return Handle(shipment)
+    _get_ready(shipment, mine)
+    return Handle(shipment, locks)
 
 
 def start_all(
@@ -113,12 +130,16 @@ def start_all(
         suppress=suppress_instrumentation,
         with_in_process=True,
     )
-    # A short program may be over before its threads have begun, and then none can be started any more.
+    _get_ready(shipment, manifest.destinations.values())
+    return Handle(shipment, [lock], whole=True)
+
+
+def _get_ready(shipment: Shipment, destinations: Iterable[Mapping[str, Any]]) -> None:
+    """Load and start all there is: a short program may be over before its threads have begun, and then none can be."""
     with guard("load the exporters"):
-        for destination in manifest.destinations.values():
+        for destination in destinations:
             registry.preload(destination)
     shipment.tick()
-    return Handle(shipment, lock)
 
 
 def _is_alive(shipment: Shipment, writer: str) -> bool:

@@ -138,6 +138,8 @@ def shipper_alive(folder: Path) -> int | None:
 class ShipperLock:
     """The right to ship one folder; held by one process at a time, until release or death.
 
+    `name`: of the lock's file, for a right to a part of it alone.
+
     Examples:
         >>> import tempfile, pathlib
         >>> lock = ShipperLock(pathlib.Path(tempfile.mkdtemp()))
@@ -146,8 +148,8 @@ class ShipperLock:
         >>> lock.release()
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / SHIPPER_LOCK
+    def __init__(self, folder: Path, name: str = SHIPPER_LOCK) -> None:
+        self._path = folder / name
         self._fd = -1
 
     def acquire(self) -> bool:
