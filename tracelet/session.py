@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping
+from pathlib import Path
 
-from tracelet.core import process
+from tracelet.core import process, waiting
 from tracelet.core.experiment import Experiment, ExperimentConfig
 from tracelet.guard import logger
 
 __all__ = ["get_active_experiment", "start_logging", "stop_logging"]
 
 _active: Experiment | None = None
+_told_what_waits = False  # a sweep's hundredth start need not look again
 # Re-entrant: a signal handler that calls stop_logging() may interrupt a start_logging() of its own thread.
 _lock = threading.RLock()
 
@@ -85,7 +87,18 @@ def start_logging(
             )
             before.stop()
         _active = experiment.start()
+    _tell_what_waits(experiment)
     return experiment
+
+
+def _tell_what_waits(started: Experiment) -> None:
+    """Say once in a program which earlier runs wait, where this one is delivered: after a week offline, for example."""
+    global _told_what_waits
+    ticket = started._ticket
+    if _told_what_waits or ticket is None or ticket.shipper == "off" or ticket.rank != 0:
+        return
+    _told_what_waits = True
+    waiting.tell(Path(ticket.folder).parent.parent, ticket.run_id)
 
 
 def stop_logging() -> None:
