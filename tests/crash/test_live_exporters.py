@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import processes_of
 from tests.shipping import until
 from tests.sinks import GrpcSink, HttpSink, Say, Sink, attributes
 
@@ -223,6 +224,7 @@ def test_what_an_object_had_not_taken_goes_to_it_at_the_next_start(tmp_path: Pat
 
 
 def test_a_killed_program_leaves_it_in_the_spool_and_the_shipper_serves_the_rest(tmp_path: Path) -> None:
+    """Nor does a shipper that has delivered everything else, and keeps nothing, clear it away; nor does `prune`."""
     code = (
         REFUSES
         + """
@@ -232,9 +234,17 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
     )
     with HttpSink() as sink:
-        run(code, tmp_path, returned=-9, OTEL_EXPORTER_OTLP_ENDPOINT=sink.endpoint)
+        run(code, tmp_path, returned=-9, OTEL_EXPORTER_OTLP_ENDPOINT=sink.endpoint, TRACELET_KEEP="0s,0MB")
         until(lambda: [attributes(span)["tracelet.run.state"] for span in sink.spans()] == ["KILLED"], LIMIT_S)
         assert points(sink) == [1]
+        until(lambda: not processes_of(str(tmp_path)), LIMIT_S)
+        pruned = subprocess.run(
+            [sys.executable, "-m", "tracelet", "prune", "--keep", "0s,0MB"],
+            timeout=LIMIT_S,
+            capture_output=True,
+            check=False,
+        )
+        assert pruned.returncode == 0, pruned.stderr
         code = (
             REFUSES
             + """

@@ -45,8 +45,13 @@ class Destination:
 
     @property
     def waits(self) -> bool:
-        """Whether something is still to be taken there, the end of the run included."""
-        return not self.in_process and not (self.over and not self.waiting and not self.waiting_records)
+        """Whether something is still to be taken there, the end of the run included, that can be shipped."""
+        return not self.in_process and self.lacks
+
+    @property
+    def lacks(self) -> bool:
+        """Whether something is still to be taken there, by whomever."""
+        return not (self.over and not self.waiting and not self.waiting_records)
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,6 +119,7 @@ def _is_over(facts: Facts) -> bool:
     """Delivered everywhere, nobody at work on it, and nothing in it that exists only here."""
     return (
         not facts.waits
+        and not any(d.kind == "live" and d.lacks for d in facts.destinations)  # the program's next start delivers it
         and not facts.alive
         and facts.state not in (RUNNING, LOST)  # behind a gateway it may go on
         and facts.shipper_pid is None

@@ -19,10 +19,11 @@ from tracelet.shipper.batches import Assembled
 from tracelet.shipper.deaths import Deaths
 from tracelet.shipper.loop import Lane
 from tracelet.shipper.site import Clock, Site
-from tracelet.shipper.upkeep import Upkeep, keep_rule
+from tracelet.shipper.upkeep import Destination, Upkeep, keep_rule
 from tracelet.sieve import Sieve
 from tracelet.spool import home
-from tracelet.spool.reader import START, SpoolReader
+from tracelet.spool.cursor import Progress
+from tracelet.spool.reader import START, Position, SpoolReader
 from tracelet.spool.store import Manifest
 
 __all__ = ["Build", "Outcome", "Shipment"]
@@ -56,6 +57,14 @@ class Outcome:
     complete: bool = True
     joined: bool = False  # another shipper serves the folder
     gone: bool = False  # the folder was deleted meanwhile: what was not delivered is lost
+
+
+@dataclass(frozen=True, slots=True)
+class _Away:
+    """A destination that somebody else serves, and how far it is."""
+
+    id: str
+    positions: Mapping[str, Position]
 
 
 class Shipment:
@@ -112,6 +121,7 @@ class Shipment:
         self._beat = home.Beat(folder, clock=clock.monotonic) if at_home else None
         self._faulty = False
         self._upkeep_at = float("-inf")
+        self._progress = Progress(folder)
         self._began = clock.monotonic()
         self._waker, self._wake_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
@@ -177,7 +187,7 @@ class Shipment:
         if self._upkeep is not None and now - self._upkeep_at >= 1.0:
             self._upkeep_at = now
             with _survived("keep the spool in order"):
-                self._upkeep.round(list(self.lanes.values()), complete=self._all_started())
+                self._upkeep.round(self._readers(), complete=self._all_started())
 
     def _serves(self, identity: str, destination: Mapping[str, Any]) -> bool:
         if self._only is not None:
@@ -190,6 +200,25 @@ class Shipment:
 
     def _all_started(self) -> bool:
         return self._served().keys() <= self.lanes.keys()
+
+    def _readers(self) -> list[Destination]:
+        """All who still need what they have not passed: the lanes, and exporter objects of the training program.
+
+        What such an object had not taken when its program died waits for the next start. A console's rest is of no use.
+        """
+        mine = self._served()
+        known = self.site.manifest.destinations.items()
+        objects = [identity for identity, one in known if one.get("kind") == "live" and identity not in mine]
+        if not objects:
+            return list(self.lanes.values())
+        self._progress.refresh()
+        away = []
+        for identity in objects:
+            there = self._progress.destinations.get(identity)
+            # An end is made of frames that it has passed already.
+            whole = there is not None and all(there.done.get(attempt) for attempt in self.site.decided)
+            away.append(_Away(identity, there.positions if there is not None and whole else {}))
+        return [*self.lanes.values(), *away]
 
     def _start(self, identity: str, destination: Mapping[str, Any]) -> None:
         secrets = self._secrets.get(identity, {})
@@ -263,7 +292,7 @@ class Shipment:
             attempts = self.site.manifest.attempts
             rule = keep_rule(attempts[-1].extra.get("keep") if attempts else None)
             with _survived("clear away what is delivered"):
-                self._upkeep.finish(list(self.lanes.values()), rule, self._clock.time_ns() / 1e9)
+                self._upkeep.finish(self._readers(), rule, self._clock.time_ns() / 1e9)
 
     def close(self) -> Outcome:
         """Stop the lanes (each finishes the attempt it is making) and say how far they came."""

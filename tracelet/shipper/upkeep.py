@@ -26,7 +26,10 @@ _SPARE_AFTER_SLOTS = 4096  # a run that never gets there never rolls, and needs 
 class Destination(Protocol):
     """What a destination's lane tells of itself."""
 
-    id: str
+    @property
+    def id(self) -> str:
+        """Its id in the manifest."""
+        ...
 
     @property
     def positions(self) -> Mapping[str, Position]:
