@@ -242,7 +242,8 @@ SETTINGS: tuple[Setting, ...] = (
         "TRACELET_SHIPPER",
         _parse_shipper,
         "`process`",
-        "`process` delivers while training runs, by a process beside it; `off` leaves delivery to `tracelet ship`.",
+        "`process` delivers while training runs, by a process beside it; `thread` does, in training itself, where no"
+        " process may be started; `off` leaves delivery to `tracelet ship`.",
     ),
     Setting(
         "keep",
