@@ -64,6 +64,17 @@ def test_end_says_how_the_program_ended(
     assert found.values("loss") == [(0, 1.0)]
 
 
+@pytest.mark.parametrize(("code", "seen_by"), [("sys.exit(3)", "exit-final"), ("pass", "exit-final")])
+def test_in_a_job_the_programs_own_word_on_its_end_is_final(
+    tmp_path: Path, clean_environment: Path, monkeypatch: pytest.MonkeyPatch, code: str, seen_by: str
+) -> None:
+    """Nobody is left to ask the kernel: an end that waited for its exit code would be lost with the job."""
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    run_and_leave(tmp_path, clean_environment, code)
+    (ended,) = read(folder_of(clean_environment)).of(WriterEnded)
+    assert ended.seen_by == seen_by
+
+
 def test_uncaught_exception_is_recorded_with_its_traceback(tmp_path: Path, clean_environment: Path) -> None:
     run_and_leave(tmp_path, clean_environment, "raise ValueError('bad batch')")
     (ended,) = read(folder_of(clean_environment)).of(WriterEnded)

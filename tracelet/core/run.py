@@ -343,7 +343,7 @@ class Run:
         record = WriterEnded(
             time_unix_nano=time.time_ns(),
             status=ending.status if first else None,
-            seen_by=ending.seen_by if self.delivery.outlived or ending.seen_by != "exit" else "exit-final",
+            seen_by=self._final(ending.seen_by),
             error=ending.error if first else None,
             exit_code=ending.exit_code if first else None,
         )
@@ -351,6 +351,10 @@ class Run:
         self.writer.end(kind, payload, record.time_unix_nano, brief=codec.encode(_brief(record))[1])
         process.leave(self)
         self.delivery.after_end(record.seen_by, timeout_s)
+
+    def _final(self, seen_by: str) -> str:
+        """Where nothing outlives the program nobody is left to ask the kernel how it ended: its own word is the last."""
+        return "exit-final" if seen_by in ("exit", "exit-code") and not self.delivery.outlived else seen_by
 
     # ---- what the process tells us ------------------------------------------------------------------------------
 
