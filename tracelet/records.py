@@ -9,8 +9,10 @@ from __future__ import annotations
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 __all__ = [
+    "Again",
     "AttemptEnded",
     "ArtifactLogged",
     "Batch",
@@ -195,6 +197,18 @@ class AttemptEnded:
 
 
 @dataclass(frozen=True, slots=True)
+class Again:
+    """One thing that its destination refused, in the form in which it was refused: it goes out once more as it is.
+
+    For what can't be made of a record again: an OTLP message (`facts` have `signal`, `scope` and `message`, its JSON
+    object), or for MLflow a text that had to be a file (`path`, `text`).
+    """
+
+    what: str
+    facts: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
 class Heartbeat:
     """The run's state now, sent again every 30 s; never journaled, a missed one is not repeated."""
 
@@ -281,6 +295,7 @@ class Batch:
     run: RunInfo
     folder: str  # the spool folder, for artifacts' bytes
     parts: tuple[Part, ...]
+    again: bool = False  # of what was refused before, by a person's wish: it has been counted, and is not left out
 
 
 Record = (
@@ -297,4 +312,5 @@ Record = (
     | FlushAsked
     | WriterEnded
     | AttemptEnded
+    | Again
 )

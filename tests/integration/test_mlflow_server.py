@@ -395,7 +395,9 @@ def test_one_refused_thing_does_not_keep_the_rest_of_its_request_out(
     one = batch(run, started(), ParamsLogged(1, params), TagsSet(1, {**tags, "tracelet.run.id": "x"}), rows=rows)
     answer = exporter.begin(one).attempt()
     assert isinstance(answer, Rejected)
-    told = [(item.what, item.facts.get("key"), item.facts.get("step")) for item in answer.items]
+    told = [
+        (item.what, item.facts.get("key", item.facts.get("name")), item.facts.get("iteration")) for item in answer.items
+    ]
     assert told == [
         ("tag", "tracelet.run.id", None),
         ("param", "wrong param", None),
@@ -428,7 +430,7 @@ def test_a_split_batch_goes_on_where_it_was_cut_off(mlflow_server: MlflowServer,
     delivery = exporter.begin(batch(run, started(), rows=rows))
     answer = persist(delivery)
     assert isinstance(answer, Rejected)
-    assert [item.facts["step"] for item in answer.items] == [5]
+    assert [item.facts["iteration"] for item in answer.items] == [5]
     assert sorted(r.step for r in rows_of(mlflow_server, mlflow_id(exporter))) == [n for n in range(64) if n != 5]
 
 

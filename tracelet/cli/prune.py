@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tracelet import settings
+from tracelet.cli.deadletters import piles_of
 from tracelet.cli.facts import LOST, RUNNING, Facts, look
 from tracelet.cli.find import UsageError, add_dir, all_runs, chosen, select, short_ids
 from tracelet.cli.text import age, count, plain, size, table
@@ -123,7 +124,7 @@ def _is_over(facts: Facts) -> bool:
         and not facts.alive
         and facts.state not in (RUNNING, LOST)  # behind a gateway it may go on
         and facts.shipper_pid is None
-        and not any(facts.folder.glob("rejected-*.jsonl"))
+        and not piles_of(facts)
     )
 
 
@@ -189,9 +190,13 @@ def _tell(pieces: Sequence[Piece], found: Sequence[Facts], ids: dict[str, str], 
             f"Kept: {count(waiting, 'run')} with something undelivered."
             " `tracelet ship` delivers it, `tracelet prune --undelivered RUN` deletes it."
         )
-    refused = [facts for facts in found if not facts.waits and any(facts.folder.glob("rejected-*.jsonl"))]
-    for facts in refused[:5]:
-        print(f"Kept: {ids[facts.run_id]}, of which {facts.refused:,} refused items stand only here.")
+    refused = [(facts, piles) for facts in found if not facts.waits and (piles := piles_of(facts))]
+    for facts, piles in refused[:5]:
+        number = sum(pile.size for pile in piles)
+        print(
+            f"Kept: {ids[facts.run_id]}, of which {number:,} refused items stand only here."
+            " `tracelet ship --dead-letters` sends them once more."
+        )
 
 
 # ---- what is not -------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tracelet import backends, settings
+from tracelet.cli import deadletters
 from tracelet.cli.facts import LOST, RUNNING, Destination, Facts, look, newest
 from tracelet.cli.find import UsageError, add_dir, all_runs, chosen, short_ids
 from tracelet.cli.masking import Sieve
@@ -32,7 +33,8 @@ EXAMPLES = """\
   tracelet ship
   tracelet ship 1f0c64ab --to otlp
   MLFLOW_TRACKING_URI=http://mlflow:5000 tracelet ship /mnt/spool --to mlflow --timeout 1h
-  tracelet ship --follow --dir /shared/spool"""
+  tracelet ship --follow --dir /shared/spool
+  tracelet ship --dead-letters 1f0c64ab"""
 
 LOOK_S = 0.1
 GIVE_UP_S = 30.0
@@ -85,6 +87,11 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argpar
         help=f"deliver also to {', '.join(WHERE[:-1])} or {WHERE[-1]}, whose address is in the environment"
         " (MLFLOW_TRACKING_URI, OTEL_EXPORTER_OTLP_ENDPOINT); needed for a run that was logged without a destination",
     )
+    command.add_argument(
+        "--dead-letters",
+        action="store_true",
+        help="send once more what destinations refused for good (default: of all runs that have such things)",
+    )
     command.add_argument("--timeout", metavar="TIME", help="leave after this long: 90, 10min or 2h (default: never)")
     add_dir(command)
     return command
@@ -96,14 +103,17 @@ def run(args: argparse.Namespace) -> int:
     if args.assume_dead and not args.wanted:
         raise UsageError("--assume-dead ends runs: name those you mean")
     if args.follow:
-        if args.to or args.timeout is not None or args.assume_dead or args.all:
-            raise UsageError("--follow goes without --to, --timeout, --all and --assume-dead")
+        if args.to or args.timeout is not None or args.assume_dead or args.all or args.dead_letters:
+            raise UsageError("--follow goes without --to, --timeout, --all, --assume-dead and --dead-letters")
         from tracelet.cli import follow  # loads the shipper whole; listing runs doesn't
 
         return follow.run(resolved, args.wanted)
     until = None if args.timeout is None else time.monotonic() + _seconds(args.timeout)
     entries = chosen(resolved.dir, args.wanted)
     ids = short_ids([*entries, *all_runs(resolved.dir)])
+    if args.dead_letters:
+        job = Job(resolved, named=_named(args.to, resolved), until=until, again=True)
+        return deadletters.run(job.deliver, [look(entry) for entry in entries], ids)
     todo = [facts for facts in map(look, entries) if _is_meant(facts, args)]
     if not todo:
         print("Nothing waits." if entries else f"No runs in {resolved.dir}.")
@@ -146,8 +156,16 @@ class Job:
     """One call of the command: where to, for how long, and what has been given up so far."""
 
     def __init__(
-        self, resolved: Settings, *, named: backends.Chosen | None, until: float | None, assume_dead: bool = False
+        self,
+        resolved: Settings,
+        *,
+        named: backends.Chosen | None,
+        until: float | None,
+        assume_dead: bool = False,
+        again: bool = False,
     ) -> None:
+        """`again`: send also what was refused before."""
+        self._again = again
         self._settings = resolved
         self._named = named
         self._until = until
@@ -171,7 +189,7 @@ class Job:
                 facts = _again(facts)
                 secrets = self._destinations_for(facts)
                 facts = _again(facts)
-                if not facts.waits:
+                if not facts.waits and not self._again:
                     print(f"{title}: all is delivered to {_names(facts)}")
                     return True
                 shipped = self._ship(facts, title, secrets)
@@ -276,7 +294,15 @@ class Job:
             try:
                 gone = self._assume_dead or facts.folder in self._gone_elsewhere
                 outcomes.append(
-                    ship(facts.folder, secrets=secrets, environ=environ, stop=stop, build=watch.build, assume_dead=gone)
+                    ship(
+                        facts.folder,
+                        secrets=secrets,
+                        environ=environ,
+                        stop=stop,
+                        build=watch.build,
+                        assume_dead=gone,
+                        again=self._again,
+                    )
                 )
             except BaseException as error:  # noqa: BLE001 - handed to the main thread, which raises it
                 errors.append(error)

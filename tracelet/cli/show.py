@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tracelet import codec
+from tracelet.cli.deadletters import piles_of
 from tracelet.cli.facts import Facts, look
 from tracelet.cli.find import add_dir, all_runs, root, select, short_ids
 from tracelet.cli.runs import as_json, waiting
@@ -191,6 +192,8 @@ def render(facts: Facts, content: Content, short: str) -> str:
     if facts.waits and facts.shipper_pid is None:
         to = "" if facts.destinations else " --to mlflow   # or otlp: it was logged without a destination"
         parts.append(f"To deliver what waits: tracelet ship {short}{to}")
+    if any(pile.ready for pile in piles_of(facts)):
+        parts.append(f"To send what was refused once more: tracelet ship --dead-letters {short}")
     return "\n\n".join(parts)
 
 
@@ -249,33 +252,13 @@ def _destinations(facts: Facts) -> Iterator[str]:
 
 
 def _refused(facts: Facts) -> Iterator[str]:
-    for d in facts.destinations:
-        path = facts.folder / f"rejected-{d.id}.jsonl"
-        letters = _tail(path, _REFUSED_SHOWN)
-        if not letters:
-            continue
-        rows = [
-            [instant(int(x.get("time_unix_nano", 0))), str(x.get("what")), plain(x.get("reason"), 100)] for x in letters
-        ]
-        yield f"Refused by {d.id}, the last {len(letters)} (all in {path})\n" + table(rows, indent="  ")
-
-
-def _tail(path: Path, lines: int) -> list[dict[str, Any]]:
-    """The last whole lines of a dead-letter file."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(0, 2)
-            file.seek(max(0, file.tell() - 65536 * lines))
-            data = file.read().splitlines()
-    except FileNotFoundError:
-        return []
-    found: list[dict[str, Any]] = []
-    for line in data[-lines:]:
-        try:
-            found.append(json.loads(line))
-        except ValueError:  # being written, or cut at the front
-            continue
-    return found
+    for pile in piles_of(facts):
+        letters = pile.letters.waiting()
+        last = letters[-_REFUSED_SHOWN:]
+        rows = [[instant(x.time_unix_nano), x.what, plain(x.line.get("reason"), 100)] for x in last]
+        title = f"Refused by {pile.letters.destination}: {len(letters):,} wait, the last {len(last)}"
+        notes = [f"  {count(number, 'line')} can't be sent again: {why}" for why, number in pile.stays.items()]
+        yield "\n".join([f"{title} (all in {pile.letters.path})", table(rows, indent="  "), *notes])
 
 
 def _mapping(title: str, content: Mapping[str, Any]) -> Iterator[str]:
@@ -346,4 +329,7 @@ def _json(facts: Facts, content: Content) -> dict[str, Any]:
             for started, ended in content.phases.values()
         ],
         "damaged": content.damaged,
+        "dead_letters": {
+            pile.letters.destination: {"ready": len(pile.ready), "stay": dict(pile.stays)} for pile in piles_of(facts)
+        },
     }

@@ -71,7 +71,8 @@ class Pace:
         for d in self._destinations:
             now = progress.get(d.id)
             if now is not None:
-                self._arrived[d.id] = now.delivered + now.refused - d.delivered - d.refused
+                # Fewer are refused than were, where dead letters are taken; these are among the delivered.
+                self._arrived[d.id] = now.delivered - d.delivered + max(0, now.refused - d.refused)
 
     def arrived(self, identity: str) -> int:
         """Points that have got to this destination, or were refused there for good, since the start."""

@@ -38,7 +38,8 @@ class Refusal:
 
     what: str  # "point", "param", "tag", "artifact", "span", "event"
     reason: str
-    facts: Mapping[str, Any] = field(default_factory=dict)  # JSON: enough to log it again by hand
+    facts: Mapping[str, Any] = field(default_factory=dict)  # JSON: enough to send it again (shipper/deadletter.py)
+    writer: str | None = None  # whose it is, by the id of its part in the batch; None: not told
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from tracelet.exporters.artifact_store import GATEWAY, STORE, NeverTaken, Place, Waiting
@@ -29,6 +29,7 @@ __all__ = ["Uploads", "with_addresses"]
 class _Upload:
     artifact: ArtifactLogged  # with its digest
     at: str
+    writer: str
 
 
 class Uploads:
@@ -40,9 +41,13 @@ class Uploads:
         self._waiting: deque[_Upload] = deque()
         self.refusals: list[Refusal] = []
 
-    def add(self, artifact: ArtifactLogged, at: str) -> None:
-        """One more."""
-        self._waiting.append(_Upload(artifact, at))
+    def add(self, artifact: ArtifactLogged, at: str, writer: str) -> None:
+        """One more, of this writer's."""
+        self._waiting.append(_Upload(artifact, at, writer))
+
+    def refuse(self, artifact: ArtifactLogged, reason: str, writer: str) -> None:
+        """Its bytes don't go out, for good."""
+        self.refusals.append(replace(refusal(artifact, reason), writer=writer))
 
     def put(self) -> Reply | None:
         """Send them; None once all are there or refused, else why not yet."""
@@ -59,9 +64,9 @@ class Uploads:
             except Waiting as error:
                 return Reply("later", error.reason, after_s=error.after_s, loud=error.loud, elsewhere=True)
             except (Changed, NeverTaken) as error:
-                self.refusals.append(refusal(artifact, str(error)))
+                self.refuse(artifact, str(error), upload.writer)
             except OSError as error:
-                self.refusals.append(refusal(artifact, f"{upload.at} can't be read any more: {error}"))
+                self.refuse(artifact, f"{upload.at} can't be read any more: {error}", upload.writer)
             self._waiting.popleft()
         return None
 
@@ -83,8 +88,8 @@ def _artifact_of(event: LogRecord) -> tuple[int, str] | None:
 
 def refusal(artifact: ArtifactLogged, reason: str) -> Refusal:
     """What is told of a file whose bytes don't go out; its event does, and says where the file was."""
-    facts = {"path": artifact.path, "source": artifact.source, "stored": artifact.stored, "size": artifact.size}
-    return Refusal("artifact", reason, facts)
+    # The address is left out: it would say that the bytes are there.
+    return Refusal("artifact", reason, asdict(replace(artifact, uri=None)))
 
 
 def with_addresses(
@@ -106,17 +111,19 @@ def with_addresses(
             if not isinstance(record, ArtifactLogged) or record.uri is not None:
                 continue
             key = f"{at_part}.{at}"
-            decided = told.get(key) if note is not None else _decide(batch, record, place, uploads)
+            decided = told.get(key) if note is not None else _decide(batch, part.writer_id, record, place, uploads)
             if decided is not None:
                 kept[key] = decided
                 named = replace(record, uri=decided[0], sha256=decided[1])
-                uploads.add(named, place_of(record, batch.folder))
+                uploads.add(named, place_of(record, batch.folder), part.writer_id)
                 records[at] = named
         parts.append(replace(part, records=tuple(records)))
     return replace(batch, parts=tuple(parts)), uploads, {"artifacts": kept} if kept else {}
 
 
-def _decide(batch: Batch, record: ArtifactLogged, place: Place | None, uploads: Uploads) -> list[str] | None:
+def _decide(
+    batch: Batch, writer: str, record: ArtifactLogged, place: Place | None, uploads: Uploads
+) -> list[str] | None:
     """Address and digest; None for a file that is not as it was: its event is a reference to where it stood."""
     if place is None:
         return None
@@ -128,9 +135,9 @@ def _decide(batch: Batch, record: ArtifactLogged, place: Place | None, uploads: 
             sha256 = record.sha256 or original.sha256()
             original.check()
     except Changed as error:
-        uploads.refusals.append(refusal(record, str(error)))
+        uploads.refuse(record, str(error), writer)
         return None
     except OSError as error:
-        uploads.refusals.append(refusal(record, f"{at} can't be read any more: {error}"))
+        uploads.refuse(record, f"{at} can't be read any more: {error}", writer)
         return None
     return [place.uri(batch.run.run_id, sha256, record.path), sha256]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tracelet.exporters.base import Answer, Delivered, Refusal, Rejected, RetryLater
@@ -124,12 +124,12 @@ class OtlpDelivery:
         if reply.kind == "accepted":
             self._jobs.popleft()
             if reply.rejected > 0:
-                self._refusals.extend(self._located(job.load, reply.rejected, reply.reason))
+                self._refuse(job.load, self._located(job.load, reply.rejected, reply.reason))
             elif reply.reason:
                 guard.limited("otlp warning", "the OTLP receiver warns: %s", reply.reason)
         elif len(job.load) == 1:
             self._jobs.popleft()
-            self._refusals.extend(_refused(job.load, reply.reason))
+            self._refuse(job.load, _refused(job.load, reply.reason))
         else:
             self._halve()
 
@@ -149,7 +149,7 @@ class OtlpDelivery:
         if len(job.load) == 1:
             if not self._control(job.load.signal):
                 return False
-            self._refusals.extend(_refused(job.load, reply.reason))
+            self._refuse(job.load, _refused(job.load, reply.reason))
             return True
         sure = self._control(job.load.signal)
         halves = [(half, self._send(half.signal, half.encode())) for half in job.load.halves()]
@@ -160,8 +160,11 @@ class OtlpDelivery:
             if answer.kind != "accepted":
                 self._jobs.appendleft(_Job(half, _FAULTS_BEFORE_DOUBT - 1))
             elif answer.rejected > 0:
-                self._refusals.extend(self._located(half, answer.rejected, answer.reason))
+                self._refuse(half, self._located(half, answer.rejected, answer.reason))
         return True
+
+    def _refuse(self, load: Load, refusals: Sequence[Refusal]) -> None:
+        self._refusals.extend(replace(refusal, writer=load.writer) for refusal in refusals)
 
     def _located(self, load: Load, count: int, reason: str) -> list[Refusal]:
         """Name the items that a partial success rejected, by sending the halves again, where that tells.

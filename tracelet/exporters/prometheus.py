@@ -12,12 +12,14 @@ from tracelet.exporters.otlp_delivery import OtlpDelivery
 from tracelet.exporters.otlp_wire import Reply, fingerprint
 from tracelet.exporters.prometheus_http import PrometheusSender
 from tracelet.guard import guard, logger
-from tracelet.otlp.encode import Load
+from tracelet.otlp.encode import Load, MetricsLoad
 from tracelet.otlp.plan import Ledger, Plan, heartbeat_load, plan
 from tracelet.otlp.prometheus import LeftOut, Window, for_prometheus
 from tracelet.records import Batch, Heartbeat, RunInfo
 
 __all__ = ["PrometheusExporter"]
+
+_EVER = Window(0, 2**64)
 
 
 class PrometheusExporter:
@@ -77,8 +79,12 @@ class PrometheusExporter:
         window = self._window() if note is None or "window" not in note else Window(*note["window"])
         loads: list[Load] = []
         left_out = LeftOut()
+        if batch.again:
+            window = _EVER  # what is wished for is asked for: the server's no is better than none
         for load in planned.loads:
-            if load.signal == "metrics":
+            if batch.again and isinstance(load, MetricsLoad):
+                loads.append(load)  # it was refused in the form in which it is sent
+            elif load.signal == "metrics":
                 shaped, out = for_prometheus(load, self._prefix, window)
                 loads += shaped
                 left_out += out

@@ -8,13 +8,13 @@ attempt, which is cheaper than keeping them and always gives the same.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tracelet.otlp import encode_points, semconv
 from tracelet.otlp.encode_points import field, varint, wire_text
-from tracelet.otlp.message_json import message_dict
+from tracelet.otlp.message_json import message_dict, message_of
 from tracelet.records import PointBatch, Scalar
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ __all__ = [
     "any_value",
     "attributes",
     "fitting",
+    "loads_of",
+    "of_writer",
     "points_codec",
     "resource_bytes",
     "swells",
@@ -89,6 +91,11 @@ class Load(Protocol):
         """One of `SIGNALS`."""
         ...
 
+    @property
+    def writer(self) -> str | None:
+        """Whose it is: the id of its part in the batch. Not on the wire; for what is told of a refusal."""
+        ...
+
     def __len__(self) -> int:
         """How many items: points, events, or spans."""
         ...
@@ -106,7 +113,7 @@ class Load(Protocol):
         ...
 
     def describe(self, index: int) -> tuple[str, dict[str, Any]]:
-        """What item `index` is ("point", "event", "span") and enough of it (JSON) to log it again by hand."""
+        """What item `index` is ("point", "event", "span") and enough of it (JSON) to send it again."""
         ...
 
 
@@ -164,6 +171,7 @@ class PointsLoad:
     resource: ResourceBytes
     points: PointBatch
     signal: str = "metrics"
+    writer: str | None = None
 
     @classmethod
     def of(cls, resource: ResourceBytes, points: PointBatch) -> PointsLoad:
@@ -190,21 +198,22 @@ class PointsLoad:
         """Both halves, each still grouped by name."""
         middle = len(self.points) // 2
         return (
-            PointsLoad(self.resource, self.points.slice(0, middle)),
-            PointsLoad(self.resource, self.points.slice(middle, len(self.points))),
+            replace(self, points=self.points.slice(0, middle)),
+            replace(self, points=self.points.slice(middle, len(self.points))),
         )
 
     def describe(self, index: int) -> tuple[str, dict[str, Any]]:
-        """Name, iteration, value and time of one point."""
+        """Name, iteration, value and time of one point, and whether it is dense."""
         points = self.points
         value = points.values[index]
-        return "point", {
+        facts = {
             "name": points.names[points.metric_ids[index]],
             "iteration": points.iterations[index],
             # JSON has no word for NaN and infinities.
             "value": value if value - value == 0 else str(value),
             "time_unix_nano": points.time_unix_nano[index],
         }
+        return "point", {**facts, "dense": True} if index in points.dense else facts
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +233,10 @@ class _MessagesLoad:
     def _encoded(self, scope: str) -> bytes:
         return self.resource.request(scope, b"".join(field(2, item.SerializeToString()) for item in self.items))
 
+    def _told(self, signal: str, scope: str, index: int) -> dict[str, Any]:
+        """A message whole, with what it takes to make a request of it again."""
+        return {"signal": signal, "scope": scope, "message": message_dict(self.items[index])}
+
 
 @dataclass(frozen=True, slots=True)
 class MetricsLoad(_MessagesLoad):
@@ -232,6 +245,7 @@ class MetricsLoad(_MessagesLoad):
     items: tuple[Metric, ...]
     scope: str = semconv.RUN_SCOPE
     signal: str = "metrics"
+    writer: str | None = None
 
     def encode(self) -> bytes:
         """One request; points of one name become one `Metric`, as the data model asks."""
@@ -259,13 +273,13 @@ class MetricsLoad(_MessagesLoad):
         """Both halves."""
         middle = len(self.items) // 2
         return (
-            MetricsLoad(self.resource, self.items[:middle], self.scope),
-            MetricsLoad(self.resource, self.items[middle:], self.scope),
+            replace(self, items=self.items[:middle]),
+            replace(self, items=self.items[middle:]),
         )
 
     def describe(self, index: int) -> tuple[str, dict[str, Any]]:
         """The metric with its one point."""
-        return "point", message_dict(self.items[index])
+        return "point", self._told(self.signal, self.scope, index)
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,6 +288,7 @@ class EventsLoad(_MessagesLoad):
 
     items: tuple[LogRecord, ...]
     signal: str = "logs"
+    writer: str | None = None
 
     def encode(self) -> bytes:
         """One ExportLogsServiceRequest."""
@@ -282,11 +297,11 @@ class EventsLoad(_MessagesLoad):
     def halves(self) -> tuple[EventsLoad, EventsLoad]:
         """Both halves."""
         middle = len(self.items) // 2
-        return EventsLoad(self.resource, self.items[:middle]), EventsLoad(self.resource, self.items[middle:])
+        return replace(self, items=self.items[:middle]), replace(self, items=self.items[middle:])
 
     def describe(self, index: int) -> tuple[str, dict[str, Any]]:
         """The event whole."""
-        return "event", message_dict(self.items[index])
+        return "event", self._told(self.signal, semconv.SCOPE, index)
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,6 +310,7 @@ class SpansLoad(_MessagesLoad):
 
     items: tuple[Span, ...]
     signal: str = "traces"
+    writer: str | None = None
 
     def encode(self) -> bytes:
         """One ExportTraceServiceRequest."""
@@ -303,11 +319,50 @@ class SpansLoad(_MessagesLoad):
     def halves(self) -> tuple[SpansLoad, SpansLoad]:
         """Both halves."""
         middle = len(self.items) // 2
-        return SpansLoad(self.resource, self.items[:middle]), SpansLoad(self.resource, self.items[middle:])
+        return replace(self, items=self.items[:middle]), replace(self, items=self.items[middle:])
 
     def describe(self, index: int) -> tuple[str, dict[str, Any]]:
         """The span whole."""
-        return "span", message_dict(self.items[index])
+        return "span", self._told(self.signal, semconv.SCOPE, index)
+
+
+def loads_of(resource: ResourceBytes, told: Iterable[Mapping[str, Any]]) -> list[Load]:
+    """Loads of single messages, from what `describe` told of them: those that can go in one request are in one.
+
+    Raises:
+        ValueError: one is no message of these signals.
+    """
+    loads: dict[tuple[Any, Any], Any] = {}
+    for facts in told:
+        one: Any = _load_of(resource, facts)
+        kind = (facts.get("signal"), facts.get("scope"))
+        before = loads.get(kind)
+        loads[kind] = one if before is None else replace(before, items=before.items + one.items)
+    return list(loads.values())
+
+
+def _load_of(resource: ResourceBytes, facts: Mapping[str, Any]) -> Load:
+    from google.protobuf.json_format import ParseError
+    from opentelemetry.proto.logs.v1.logs_pb2 import LogRecord
+    from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric
+    from opentelemetry.proto.trace.v1.trace_pb2 import Span
+
+    try:
+        match facts.get("signal"):
+            case "metrics":
+                return MetricsLoad(resource, (message_of(facts["message"], Metric()),), str(facts["scope"]))
+            case "logs":
+                return EventsLoad(resource, (message_of(facts["message"], LogRecord()),))
+            case "traces":
+                return SpansLoad(resource, (message_of(facts["message"], Span()),))
+    except (ParseError, KeyError, TypeError) as error:
+        raise ValueError(f"it can't be read: {error}") from error
+    raise ValueError(f"it is of no signal that OTLP has: {facts.get('signal')!r}")
+
+
+def of_writer(load: Load, writer: str) -> Load:
+    """The same load, which says whose it is."""
+    return replace(load, writer=writer)  # type: ignore[type-var]
 
 
 def swells(load: Load) -> bool:

@@ -14,10 +14,21 @@ from typing import Any
 
 from tracelet import codec, ids
 from tracelet.otlp import run_metrics, semconv
-from tracelet.otlp.encode import EventsLoad, Load, MetricsLoad, PointsLoad, ResourceBytes, SpansLoad, resource_bytes
+from tracelet.otlp.encode import (
+    EventsLoad,
+    Load,
+    MetricsLoad,
+    PointsLoad,
+    ResourceBytes,
+    SpansLoad,
+    loads_of,
+    of_writer,
+    resource_bytes,
+)
 from tracelet.otlp.events import Position, events_of, in_pieces
 from tracelet.otlp.spans import ended_span, final_spans, too_long
 from tracelet.records import (
+    Again,
     ArtifactLogged,
     AttemptEnded,
     Batch,
@@ -109,8 +120,8 @@ class Plan:
 
 def plan(batch: Batch, ledger: Ledger, note: Mapping[str, Any] | None = None) -> Plan:
     """The loads of `batch`, in sending order: a writer's points, then its events, then its spans."""
-    work = _Work(batch.run, ledger.copy(), note or {})
-    loads = [load for part in batch.parts for load in work.part(part)]
+    work = _Work(batch.run, ledger.copy(), note or {}, again=batch.again)
+    loads = [of_writer(load, part.writer_id) for part in batch.parts for load in work.part(part)]
     return Plan(tuple(loads), work.note, work.ledger)
 
 
@@ -126,8 +137,9 @@ def heartbeat_load(batch: Batch, heartbeat: Heartbeat, ledger: Ledger) -> Metric
 class _Work:
     """One planning: reads the ledger where the note says nothing, and writes down in the note what it read."""
 
-    def __init__(self, run: RunInfo, ledger: Ledger, note: Mapping[str, Any]) -> None:
+    def __init__(self, run: RunInfo, ledger: Ledger, note: Mapping[str, Any], *, again: bool) -> None:
         self.run = run
+        self.again = again
         self.ledger = ledger
         self.note: dict[str, Any] = {"beat": note.get("beat", ledger.beat)}
         for instance, keys in note.get("nonfinite", {}).items():
@@ -142,7 +154,8 @@ class _Work:
         resource = resource_bytes(opened.resource)
         if len(part.points):
             yield PointsLoad.of(resource, part.points)
-        counters = self._nonfinite(instance, opened, part.points)
+        # What goes out again was counted when it was refused.
+        counters = [] if self.again else self._nonfinite(instance, opened, part.points)
         if counters:
             yield MetricsLoad(resource, tuple(counters))
         where = Position(
@@ -162,6 +175,7 @@ class _Work:
         for record in part.records:
             if isinstance(record, AttemptEnded):
                 yield from self._ended(resource, opened, record)
+        yield from loads_of(resource, [record.facts for record in part.records if isinstance(record, Again)])
 
     def _spans(self, opened: WriterOpened, record: Record, events: list[Any]) -> Iterator[Any]:
         """The spans that `record` lets out; what they have no room for is appended to `events`."""

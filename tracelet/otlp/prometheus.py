@@ -12,7 +12,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from tracelet.otlp import encode_points, semconv
@@ -88,6 +88,7 @@ class SeriesLoad:
     points: PointBatch
     prefix: str
     signal: str = "metrics"
+    writer: str | None = None
 
     def __len__(self) -> int:
         return len(self.points)
@@ -131,7 +132,7 @@ class SeriesLoad:
         return 0
 
     def _slice(self, first: int, last: int) -> SeriesLoad:
-        return SeriesLoad(self.resource, self.points.slice(first, last), self.prefix)
+        return replace(self, points=self.points.slice(first, last))
 
 
 def for_prometheus(load: Load, prefix: str, window: Window) -> tuple[list[Load], LeftOut]:
@@ -141,13 +142,13 @@ def for_prometheus(load: Load, prefix: str, window: Window) -> tuple[list[Load],
     """
     if isinstance(load, PointsLoad):
         points, left_out = kept(load.points, window)
-        whole = SeriesLoad(load.resource, points, prefix)
+        whole = SeriesLoad(load.resource, points, prefix, writer=load.writer)
         return list(whole.requests()), left_out
     assert isinstance(load, MetricsLoad)
     items: list[Metric] = []
     for metric in load.items:
         items.extend(_translated(metric, load, prefix, window))
-    return [MetricsLoad(load.resource, tuple(items), load.scope)] if items else [], LeftOut()
+    return [replace(load, items=tuple(items))] if items else [], LeftOut()
 
 
 def _translated(metric: Metric, load: MetricsLoad, prefix: str, window: Window) -> Iterator[Metric]:

@@ -174,7 +174,9 @@ def _points(records: bytes, names: Mapping[int, str], writer: str, refusals: lis
                     "iteration": iteration,
                     "time_unix_nano": time,
                 }
-                refusals.append(Refusal("point", "the frame with its metric's name is damaged in the spool", facts))
+                refusals.append(
+                    Refusal("point", "the frame with its metric's name is damaged in the spool", facts, writer)
+                )
                 continue
             kept.time_unix_nano.append(time)
             kept.values.append(value)
@@ -204,7 +206,7 @@ def _without_repeats(points: PointBatch, seen: set[tuple[str, int, int, bytes]])
 
 def _damage(piece: SlotRange, taken: Taken) -> list[Refusal]:
     where = {"writer": piece.writer, "segment": piece.segment}
-    return [Refusal("damage", str(damage), where) for damage in taken.damaged]
+    return [Refusal("damage", str(damage), where, piece.writer) for damage in taken.damaged]
 
 
 def _unreadable(piece: SlotRange, slot: int, kind: int, payload: bytes) -> Refusal:
@@ -215,4 +217,4 @@ def _unreadable(piece: SlotRange, slot: int, kind: int, payload: bytes) -> Refus
         "kind": kind,
         "payload": payload.decode("utf-8", "backslashreplace"),
     }
-    return Refusal("frame", "this release of tracelet can't read it", facts)
+    return Refusal("frame", "this release of tracelet can't read it", facts, piece.writer)

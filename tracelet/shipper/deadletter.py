@@ -1,21 +1,88 @@
-"""What a destination refused for good, one JSON object a line, on disk before the batch counts as done."""
+"""What a destination refused for good, one JSON object a line, on disk before the batch counts as done.
+
+`rejected-<destination>.jsonl` holds the lines, `rejected-<destination>.done` the digests of those that the destination
+has taken since (`tracelet ship --dead-letters`). A line of version 1:
+
+    version            1; a line without it was written by a release before this table
+    time_unix_nano     when it was refused
+    destination, batch by whom, and in which batch
+    what               point, param, tag, span, event, artifact; damage and frame: it could not be read from the spool
+    reason             in the destination's words
+    at                 writer, attempt, rank; null where nobody can tell
+    facts              what was logged, with the time that was sent; `items` where it is one of several, not said which
+    opened             how the writer introduced itself, with its Resource: in its first line of a file
+"""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tracelet import codec
 from tracelet.exporters.base import Refusal
+from tracelet.records import WriterOpened
 
-__all__ = ["DeadLetters"]
+__all__ = ["VERSION", "DeadLetters", "Letter", "letters_in"]
+
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Letter:
+    """One line of a dead-letter file; what it lacks is empty."""
+
+    digest: str  # of its bytes: by it the line is marked when the destination has taken it
+    line: Mapping[str, Any]
+
+    @property
+    def version(self) -> object:
+        """1, or what another release has written; None: a release before versions, or a line that can't be read."""
+        return self.line.get("version")
+
+    @property
+    def what(self) -> str:
+        """The kind of thing."""
+        return str(self.line.get("what"))
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What was logged."""
+        facts = self.line.get("facts")
+        return facts if isinstance(facts, Mapping) else {}
+
+    @property
+    def at(self) -> Mapping[str, Any]:
+        """Writer, attempt and rank."""
+        at = self.line.get("at")
+        return at if isinstance(at, Mapping) else {}
+
+    @property
+    def time_unix_nano(self) -> int:
+        """When it was refused."""
+        time = self.line.get("time_unix_nano")
+        return time if isinstance(time, int) else 0
+
+    @property
+    def count(self) -> int:
+        """How many things were refused."""
+        count = self.facts.get("count", 1)
+        return count if isinstance(count, int) else 1
+
+    @property
+    def items(self) -> Sequence[Mapping[str, Any]]:
+        """Each thing that may be meant."""
+        items = self.facts.get("items")
+        return items if isinstance(items, list) else [self.facts]
 
 
 class DeadLetters:
-    """`rejected-<destination>.jsonl`: time, destination, batch, what, reason, facts.
+    """The dead letters of one destination.
 
     `write` returns when the lines are on the disk; where it raises, none of them is. Written again after a crash
     (`repeat=True`), a batch's lines that are already there are left out.
@@ -23,53 +90,142 @@ class DeadLetters:
 
     def __init__(self, folder: Path, destination_id: str) -> None:
         self.path = folder / f"rejected-{destination_id}.jsonl"
-        self._destination = destination_id
+        self._done = folder / f"rejected-{destination_id}.done"
+        self.destination = destination_id
+        self._introduced: set[str] | None = None  # writers whose opening stands in the file
 
-    def write(self, batch: int, items: Sequence[Refusal], *, time_unix_nano: int, repeat: bool = False) -> None:
-        """Append `items` of a batch."""
+    def write(
+        self,
+        batch: int,
+        items: Sequence[Refusal],
+        *,
+        time_unix_nano: int,
+        repeat: bool = False,
+        openings: Mapping[str, WriterOpened] | None = None,
+    ) -> None:
+        """Append `items` of a batch; `openings` are of the writers whose things they are."""
         there = self._written_for(batch) if repeat else set()
+        introduced = self._openings_there()
         lines: list[str] = []
         for item in items:
-            line = {
+            opened = None if item.writer is None else (openings or {}).get(item.writer)
+            line: dict[str, Any] = {
+                "version": VERSION,
                 "time_unix_nano": time_unix_nano,
-                "destination": self._destination,
+                "destination": self.destination,
                 "batch": batch,
                 "what": item.what,
                 "reason": item.reason,
+                "at": None if opened is None else _place(str(item.writer), opened),
                 "facts": dict(item.facts),
             }
-            if _content(line) not in there:
-                lines.append(json.dumps(line, default=str) + "\n")
-        if not lines:
-            return
-        with open(self.path, "a+b", buffering=0) as file:
-            before = file.seek(0, os.SEEK_END)
-            if before and os.pread(file.fileno(), 1, before - 1) != b"\n":  # what a crash left of a line
-                lines.insert(0, "\n")
-            data = "".join(lines).encode("ascii")
-            try:
-                if file.write(data) != len(data):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
-                os.fsync(file.fileno())
-            except OSError:
-                file.truncate(before)  # all of it is written again
-                raise
-
-    def _written_for(self, batch: int) -> set[str]:
-        try:
-            text = self.path.read_bytes()
-        except FileNotFoundError:
-            return set()
-        found = set()
-        for raw in text.splitlines():
-            try:
-                line = json.loads(raw)
-            except ValueError:  # a torn line of the crash; what it held is written again
+            if _content(line) in there:
                 continue
-            if line.get("batch") == batch:
-                found.add(_content(line))
+            if opened is not None and str(item.writer) not in introduced:
+                introduced = introduced | {str(item.writer)}
+                line["opened"] = json.loads(codec.encode(opened)[1])
+            lines.append(json.dumps(line, default=str) + "\n")
+        if lines:
+            _append(self.path, lines)
+            self._introduced = introduced
+
+    def waiting(self) -> list[Letter]:
+        """The lines that the destination has not taken since, in their order. Cost: reads the file."""
+        done = self._taken()
+        return [letter for letter in letters_in(self.path) if letter.digest not in done]
+
+    def openings(self) -> dict[str, WriterOpened]:
+        """How the writers introduced themselves whose things stand here."""
+        found: dict[str, WriterOpened] = {}
+        for letter in letters_in(self.path):
+            opened, writer = letter.line.get("opened"), letter.at.get("writer")
+            if not isinstance(opened, Mapping) or not isinstance(writer, str):
+                continue
+            record = codec.decode(codec.kind_of(WriterOpened), json.dumps(opened).encode())
+            if isinstance(record, WriterOpened):
+                found.setdefault(writer, record)
         return found
 
+    def mark(self, letters: Iterable[Letter]) -> None:
+        """The destination has these now. Again is no harm."""
+        lines = [f"{letter.digest}\n" for letter in letters]
+        if lines:
+            _append(self._done, lines)
 
-def _content(line: dict[str, Any]) -> str:
-    return json.dumps([line["what"], line["reason"], line["facts"]], sort_keys=True, default=str)
+    def _taken(self) -> set[str]:
+        try:
+            return set(self._done.read_text("ascii", "replace").split())
+        except FileNotFoundError:
+            return set()
+
+    def _openings_there(self) -> set[str]:
+        if self._introduced is None:
+            self._introduced = {str(x.at.get("writer")) for x in letters_in(self.path) if "opened" in x.line}
+        return self._introduced
+
+    def _written_for(self, batch: int) -> set[str]:
+        return {_content(letter.line) for letter in letters_in(self.path) if letter.line.get("batch") == batch}
+
+
+def letters_in(path: Path) -> Iterator[Letter]:
+    """The whole lines of a dead-letter file; one that can't be read is there, and empty."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return
+    *whole, tail = data.split(b"\n")
+    if _parsed(tail) is not None:  # an editor's last line; one of ours that is cut is written again
+        whole.append(tail)
+    for raw in whole:
+        if raw.strip():
+            yield Letter(hashlib.blake2b(raw, digest_size=16).hexdigest(), _parsed(raw) or {})
+
+
+def _append(path: Path, lines: list[str]) -> None:
+    """On disk, all of them or none."""
+    with open(path, "a+b", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        before, tail = _last_whole(file.fileno(), end)
+        if before != end:
+            file.truncate(before)  # what a crash left of a line, which is written again
+        data = (b"\n" if tail else b"") + "".join(lines).encode("ascii")
+        try:
+            if file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(before)  # all of it is written again
+            raise
+
+
+def _last_whole(file: int, end: int) -> tuple[int, bool]:
+    """Where the file's whole lines end, and whether the last of them lacks its newline."""
+    at, tail = end, b""
+    while at > 0:
+        start = max(0, at - 65_536)
+        block = os.pread(file, at - start, start)
+        newline = block.rfind(b"\n")
+        tail = block[newline + 1 :] + tail
+        if newline >= 0:
+            at = start + newline + 1
+            break
+        at = start
+    if tail and _parsed(tail) is not None:
+        return end, True
+    return at, False
+
+
+def _parsed(raw: bytes) -> dict[str, Any] | None:
+    try:
+        line = json.loads(raw)
+    except (ValueError, RecursionError):
+        return None
+    return line if isinstance(line, dict) else None
+
+
+def _place(writer: str, opened: WriterOpened) -> dict[str, Any]:
+    return {"writer": writer, "attempt": opened.attempt_key, "rank": opened.rank}
+
+
+def _content(line: Mapping[str, Any]) -> str:
+    return json.dumps([line.get("what"), line.get("reason"), line.get("facts")], sort_keys=True, default=str)

@@ -24,6 +24,7 @@ from tracelet.records import RUNNING, Batch, Heartbeat, Part
 from tracelet.shipper.batches import Assembled, Gathering, assemble, empty_points
 from tracelet.shipper.deadletter import DeadLetters
 from tracelet.shipper.ends import ending_from, ending_of
+from tracelet.shipper.reship import Reship, is_again
 from tracelet.shipper.retry import BackOff
 from tracelet.shipper.site import Clock, Site
 from tracelet.spool.cursor import Intent, Journal
@@ -59,8 +60,11 @@ class Lane:
         backoff: BackOff | None = None,
         on_delivered: Callable[[str, Assembled, tuple[Refusal, ...]], None] | None = None,
         sieve: Callable[[str], str] = str,
+        again: bool = False,
     ) -> None:
-        """`sieve` takes secrets out of what destinations and drivers say, before it is kept or logged."""
+        """`sieve` takes secrets out of what destinations and drivers say, before it is kept or logged. `again`: send
+        also, once, what the destination refused before.
+        """
         self.id = str(destination["id"])
         self.trouble: str | None = None  # why it doesn't get on, in words
         self.finished_of: object = None  # the state of the site of which everything is delivered, ends included
@@ -76,6 +80,7 @@ class Lane:
         self._reader = SpoolReader(site.folder)
         self._journal = Journal(site.folder, self.id, clock=lambda: clock.time_ns() / 1e9)
         self._letters = DeadLetters(site.folder, self.id)
+        self._reship = Reship(self._letters, wanted=again)
         self._exporter: Exporter | None = None
         self._opened = False
         self._assembled: Assembled | None = None
@@ -172,7 +177,7 @@ class Lane:
             self._remember(exporter)
         if self._assembled is None:
             self._beat(exporter)
-            self._assembled = self._resume(exporter) or self._gather(exporter) or self._end()
+            self._assembled = self._resume(exporter) or self._gather(exporter) or self._end() or self._again(exporter)
         if self._assembled is None:
             return self._idle()
         if self._intent is None:
@@ -184,7 +189,9 @@ class Lane:
         pending = self._journal.pending
         if pending is None:
             return None
-        if pending.extra:
+        if is_again(pending.extra):
+            assembled = self._reship.resume(self._site.run, str(self._site.folder), pending.number, pending.extra)
+        elif pending.extra:
             assembled = ending_from(self._site, self._reader, self._journal.stamps, pending.number, pending.extra)
         else:
             pieces = [(piece, self._reader.read(piece)) for piece in pending.ranges]
@@ -274,6 +281,13 @@ class Lane:
                 return ending_from(self._site, self._reader, self._journal.stamps, number, extra)
         return None
 
+    def _again(self, exporter: Exporter) -> Assembled | None:
+        """What was refused before, if that is wished for, once there is nothing else."""
+        if self._gathered is not None and self._gathered.slots:
+            return None
+        number = self._journal.number + 1
+        return self._reship.next(self._site.run, str(self._site.folder), number, exporter.max_points)
+
     # ---- delivering ---------------------------------------------------------------------------------------------
 
     def _intend(self, exporter: Exporter) -> None:
@@ -308,9 +322,16 @@ class Lane:
         """The answer is final: dead letters first, then what the destination remembers, then the journal."""
         intent = self._intent
         assert intent is not None
-        letters = assembled.refusals + refused
-        if letters and not self._lettered:
-            self._letters.write(intent.number, letters, time_unix_nano=self._clock.time_ns(), repeat=self._resumed)
+        letters = assembled.refusals + _placed(refused, assembled.batch)
+        again = is_again(assembled.extra)
+        if letters and not again and not self._lettered:
+            self._letters.write(
+                intent.number,
+                letters,
+                time_unix_nano=self._clock.time_ns(),
+                repeat=self._resumed,
+                openings=self._site.roster.opened,
+            )
             guard.limited(
                 f"refused {self.id}",
                 "%s: %d things will not arrive there; each is in %s with the reason, the first: %s: %s",
@@ -322,12 +343,17 @@ class Lane:
             )
             self._lettered = True
         self._remember(exporter)
-        if assembled.extra:
+        if assembled.extra and not again:
             # Before the acknowledgement: a crash in between repeats this end, instead of making a second one.
             self._journal.close_attempt(str(assembled.extra["attempt"]))
-        lost = sum(int(item.facts.get("count", 1)) for item in refused if item.what == "point")
-        delivered = max(0, assembled.points - lost)
-        self._journal.ack(intent, delivered=delivered, refused=len(letters))
+        if again:
+            # Marked before the acknowledgement, too: what is marked already is not sent a third time.
+            delivered, taken = self._reship.settle(intent.extra, refused)
+            self._journal.ack(intent, delivered=delivered, refused=-taken)
+        else:
+            lost = sum(int(item.facts.get("count", 1)) for item in refused if item.what == "point")
+            delivered = max(0, assembled.points - lost)
+            self._journal.ack(intent, delivered=delivered, refused=len(letters))
         self._latest.update(assembled.latest_unix_nano)
         if self._on_delivered is not None:
             self._on_delivered(self.id, assembled, letters)
@@ -414,6 +440,14 @@ class Lane:
         self.trouble = answer.reason
         self._not_before = self._clock.monotonic() + delay
         return delay
+
+
+def _placed(refused: tuple[Refusal, ...], batch: Batch) -> tuple[Refusal, ...]:
+    """Each with its writer: an exporter that doesn't tell is right where there is only one."""
+    if len(batch.parts) != 1:
+        return refused
+    only = batch.parts[0].writer_id
+    return tuple(item if item.writer is not None else dataclasses.replace(item, writer=only) for item in refused)
 
 
 def _as_retry(answer: Rejected | RetryLater) -> RetryLater:

@@ -108,6 +108,7 @@ def ship(
     give_up_s: float | None = None,
     stop: threading.Event | None = None,
     build: Build | None = None,
+    again: bool = False,
 ) -> Outcome:
     """Ship a run's folder in this process, with its caller's credentials.
 
@@ -118,6 +119,8 @@ def ship(
 
     The folder may be another host's: its writers then count as alive until the lease of that host's shipper has been
     missed three times, or with `assume_dead`, for a caller who knows that they are gone.
+
+    `again`: what was refused before is sent once more, too.
 
     Raises:
         SpoolError: the folder has no manifest, or one this release can't read.
@@ -143,6 +146,7 @@ def ship(
             deaths=Deaths(folder, is_alive=is_alive, from_elsewhere=is_alive is not None),
             suppress=suppress_instrumentation,
             give_up_s=GIVE_UP_S if give_up_s is None else give_up_s,
+            again=again,
         )
         shipment.run(
             follow=follow,

@@ -89,11 +89,13 @@ class Shipment:
         clock: Clock = time,
         suppress: Callable[[], AbstractContextManager[object]] = nullcontext,
         give_up_s: float = GIVE_UP_S,
+        again: bool = False,
     ) -> None:
         """`only`: ids of the destinations to serve (None: all but those served in the training process).
 
         `in_process`: beside the run's shipper, for destinations of the training process itself. `with_in_process`:
         this is the run's shipper, in the training process, and serves those too.
+        `again`: send also, once, what they refused before.
         """
         self.site = Site(
             folder,
@@ -109,6 +111,7 @@ class Shipment:
         self._secrets = secrets
         self._sieve = Sieve(environ, secrets.values())
         self._build = build
+        self._again = again
         self._only = only
         self._in_process = in_process
         self._with_in_process = with_in_process
@@ -229,6 +232,7 @@ class Shipment:
             clock=self._clock,
             on_delivered=self._delivered,
             sieve=self._sieve,
+            again=self._again,
         )
         self.lanes[identity] = lane
         thread = threading.Thread(target=self._run_lane, args=(lane,), name=f"tracelet {identity}", daemon=True)

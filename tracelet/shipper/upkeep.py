@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
@@ -11,6 +10,7 @@ from typing import Protocol
 from tracelet.exporters.base import Refusal
 from tracelet.records import ArtifactLogged
 from tracelet.shipper.batches import Assembled
+from tracelet.shipper.deadletter import DeadLetters
 from tracelet.shipper.roster import frames_of
 from tracelet.shipper.site import Site
 from tracelet.spool import store
@@ -127,16 +127,13 @@ class Upkeep:
         store.retain([run.folder for run in store.list_runs(root)], keep, now_s=now_s)
 
     def _refused_copies(self) -> set[str]:
-        """Copies named in a dead-letter file, by this shipper or one before it."""
-        found = set(self._kept)
-        for path in self._site.folder.glob("rejected-*.jsonl"):
-            for raw in path.read_bytes().splitlines():
-                try:
-                    line = json.loads(raw)
-                except ValueError:
-                    continue
-                if line.get("what") == "artifact":
-                    found.add(str(line.get("facts", {}).get("stored")))
+        """Copies named in a dead letter that waits, by this shipper or one before it."""
+        folder = self._site.folder
+        found = set()
+        for path in folder.glob("rejected-*.jsonl"):
+            identity = path.name.removeprefix("rejected-").removesuffix(".jsonl")
+            waiting = DeadLetters(folder, identity).waiting()
+            found |= {str(letter.facts.get("stored")) for letter in waiting if letter.what == "artifact"}
         return found
 
 

@@ -160,11 +160,14 @@ def test_what_is_refused_is_on_disk_with_its_reason_before_the_batch_counts_as_d
     bench.settle(lane)
     (line,) = bench.letters()
     assert line.pop("time_unix_nano") == bench.clock.time_ns()
+    assert line.pop("opened")["attempt_key"] == bench.attempt.key
     assert line == {
+        "version": 1,
         "destination": "memory-a",
         "batch": 1,
         "what": "param",
         "reason": "too long",
+        "at": {"writer": bench.writer.writer_id, "attempt": bench.attempt.key, "rank": 0},
         "facts": {"key": "k", "value": "v"},
     }
     assert lane.counts == (0, 1)

@@ -12,6 +12,7 @@ from typing import Any
 
 from tracelet.exporters.base import Answer, Delivered, Refusal, Rejected, RetryLater
 from tracelet.exporters.mlflow.artifacts import ArtifactStore
+from tracelet.exporters.mlflow.letters import as_logged
 from tracelet.exporters.mlflow.limits import (
     EXPERIMENT_NAME_CHARS,
     PARAMS_PER_REQUEST,
@@ -53,7 +54,7 @@ from tracelet.exporters.mlflow.transport import (
     first_of,
 )
 from tracelet.guard import guard
-from tracelet.records import FAILED, FINISHED, KILLED, LOST, RUNNING, Batch, Part, RunStarted
+from tracelet.records import FAILED, FINISHED, KILLED, LOST, RUNNING, Again, Batch, Part, RunStarted
 
 __all__ = ["MLflowDelivery"]
 
@@ -112,7 +113,7 @@ class MLflowDelivery:
         except Refused as no:
             # Each step settles what it may refuse; this is an answer to a question (does the run exist?).
             return RetryLater(f"MLflow refuses what it never should: {no}", loud=True)
-        return Rejected(tuple(self._refusals)) if self._refusals else Delivered()
+        return Rejected(as_logged(self._refusals, self._batch)) if self._refusals else Delivered()
 
     def _make_note(self) -> dict[str, Any]:
         if not self._rows:
@@ -136,6 +137,9 @@ class MLflowDelivery:
             self._resume(part)
         plan = plan_of(self._batch, self._rows, state.params, state.tags)
         self._refusals.extend(plan.refusals)
+        for part in self._batch.parts:
+            texts = (record.facts for record in part.records if isinstance(record, Again) and "text" in record.facts)
+            plan.texts.update((str(facts["path"]), str(facts["text"])) for facts in texts)
         self._spans = SpanWork(plan.spans)
         self._refusals.extend(self._spans.refusals)
         self._spans.refusals.clear()

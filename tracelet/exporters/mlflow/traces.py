@@ -67,9 +67,10 @@ class SpanWork:
 
     def give_up(self, reason: str) -> Refusal:
         """One refusal for all that is left, which counts it."""
-        count = sum(_spans_in(request) for request in self._requests)
+        left = [one for request in self._requests for one in request]
         self._requests.clear()
-        return Refusal("span", reason, {"count": count})
+        items = [{"resource_spans": base64.b64encode(one).decode()} for one in left]
+        return Refusal("span", reason, {"count": _spans_in(left), "items": items})
 
     def _settle(self, no: Refused) -> None:
         """Halve the refused request; one that holds a single span is given up by name."""
@@ -88,6 +89,7 @@ class SpanWork:
         if halves:
             self._requests.extendleft([[half] for half in reversed(halves)])
         else:
+            facts["resource_spans"] = base64.b64encode(request[0]).decode()
             self.refusals.append(Refusal("span", str(no), facts))
 
 
