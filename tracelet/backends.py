@@ -32,6 +32,7 @@ __all__ = [
     "Prometheus",
     "Spec",
     "choose",
+    "is_by_client",
     "parse",
     "sounds_secret",
     "to_destination",
@@ -314,17 +315,54 @@ def _mlflow(spec: MLflow, environ: Mapping[str, str], cwd: Path) -> tuple[dict[s
             raise ConfigError(f"tracking_uri {shown!r} has no host: use one such as http://localhost:5000", uri=shown)
         uri = uri.rstrip("/")
     elif engine not in _DATABASES:
-        raise ConfigError(
-            f"tracking_uri {shown!r} is of a kind that is not built yet: use http://, https://, or a database"
-            f" ({', '.join(_DATABASES)}); for MLflow's local database sqlite:///mlflow.db",
-            uri=shown,
-        )
+        uri = _by_mlflow(uri, environ, cwd)
     public = without_credentials(uri)
     fields: dict[str, Any] = {"tracking_uri": public}
     if scheme not in ("http", "https"):
         # MLflow keeps a local database's artifacts in ./mlruns of whoever writes; this says whose folder that is.
         fields["artifact_root"] = str(cwd / "mlruns")
     return fields, {"tracking_uri": uri} if uri != public else {}
+
+
+def is_by_client(uri: str) -> bool:
+    """Whether only mlflow's own client can reach this MLflow: neither a server nor a database."""
+    scheme = urlsplit(uri).scheme.lower()
+    return scheme not in ("http", "https") and scheme.partition("+")[0] not in _DATABASES
+
+
+def _by_mlflow(uri: str, environ: Mapping[str, str], cwd: Path) -> str:
+    """An address that is mlflow's own client's to know, made absolute; that it knows it is seen to here.
+
+    The shipper would find out after training; and to ask mlflow costs seconds.
+    """
+    scheme = uri if uri in ("databricks", "databricks-uc", "uc") else urlsplit(uri).scheme.lower()
+    shown = without_credentials(uri)
+    if scheme == "databricks":
+        return uri
+    if scheme in ("", "file"):
+        # mlflow's own switch; without it mlflow refuses, and with it the run goes there by its client.
+        if environ.get("MLFLOW_ALLOW_FILE_STORE", "").strip().lower() not in ("true", "1"):
+            raise ConfigError(
+                f"tracking_uri {shown!r} is a folder, and MLflow refuses its file store, which gets no more updates,"
+                " unless MLFLOW_ALLOW_FILE_STORE=true is set: use its local database sqlite:///mlflow.db",
+                uri=shown,
+            )
+        return str(cwd / Path(uri).expanduser()) if scheme == "" else uri
+    import importlib.metadata  # 18 ms that no other address costs
+
+    plugins = sorted({point.name for point in importlib.metadata.entry_points(group="mlflow.tracking_store")})
+    if scheme in plugins:
+        return uri
+    raise ConfigError(
+        f"tracking_uri {shown!r} is of a kind that MLflow doesn't know here: use http://, https://, databricks, a"
+        f" database ({', '.join(_DATABASES)}; the local one is sqlite:///mlflow.db)"
+        + (
+            f", or a plugin's ({', '.join(plugins)})"
+            if plugins
+            else "; no plugin for mlflow.tracking_store is installed"
+        ),
+        uri=shown,
+    )
 
 
 def _absolute_sqlite(uri: str, cwd: Path) -> str:

@@ -25,7 +25,6 @@ from tests.mlflow_batches import (
     run_info,
     started,
 )
-from tracelet.errors import ConfigError
 from tracelet.exporters.base import Delivered, Rejected, RetryLater
 from tracelet.exporters.mlflow.exporter import MLflowExporter
 from tracelet.exporters.mlflow.store import quiet_mlflow
@@ -207,12 +206,6 @@ def test_a_row_is_found_in_the_history_exactly(run: RunInfo, opened_here: MLflow
     assert [transport.has_metric_row(run_id, ("m", value, ms, 1)) for value in values] == [True] * 4
     others = [("m", 3.0, ms, 1), ("m", 2.5, ms + 1, 1), ("m", 2.5, ms, 2), ("n", 2.5, ms, 1)]
     assert [transport.has_metric_row(run_id, row) for row in others] == [False] * 4
-
-
-def test_addresses_that_can_not_work_are_named_with_what_does() -> None:
-    for uri in ("file:///tmp/mlruns", "/tmp/mlruns", "databricks", "ftp://host"):
-        with pytest.raises(ConfigError, match="sqlite://"):
-            MLflowExporter({"tracking_uri": uri}, {}, {})
 
 
 def test_a_database_that_can_not_be_reached_waits_and_tells_no_password(tmp_path: Path, run: RunInfo) -> None:

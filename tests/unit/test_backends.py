@@ -254,7 +254,7 @@ def test_mlflows_addresses_become_absolute(given: str, absolute: str) -> None:
 
 @pytest.mark.parametrize(
     "uri",
-    ["databricks", "databricks://profile", "file:///x", "mlruns", "uc:x", "sqlite://", "sqlite:///:memory:", "http://"],
+    ["databricks-uc", "uc", "file:///x", "mlruns", "uc:x", "ftp://x", "sqlite://", "sqlite:///:memory:", "http://"],
 )
 def test_an_address_that_another_process_cannot_use_is_refused(uri: str) -> None:
     with pytest.raises(ConfigError):

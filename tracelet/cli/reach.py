@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from tracelet.backends import tracking_uri, without_credentials
+from tracelet.backends import is_by_client, tracking_uri, without_credentials
 from tracelet.errors import TraceletError
 
 __all__ = ["TIMEOUT_S", "Reach", "check"]
@@ -56,6 +56,8 @@ def check(
             return _sqlite(uri)
         if urlsplit(uri).scheme.lower() in ("http", "https"):
             ask = lambda: _mlflow_server(uri, environ, project, timeout_s)  # noqa: E731
+        elif is_by_client(uri):
+            ask = lambda: _mlflow_client(uri, project)  # noqa: E731
         else:
             ask = lambda: _database(uri, timeout_s)  # noqa: E731
     else:
@@ -121,6 +123,20 @@ def _mlflow_server(uri: str, environ: Mapping[str, str], project: str, timeout_s
             f"`mlflow experiments restore -x {found.experiment_id}`, or use another project",
         )
     return Reach(True, f"{name} answers, and has experiment {project!r}")
+
+
+def _mlflow_client(uri: str, project: str) -> Reach:
+    """By mlflow's own client, as the shipper would; it imports mlflow."""
+    from tracelet.exporters.mlflow.client import ClientTransport
+    from tracelet.exporters.mlflow.transport import NotNow, Refused
+
+    try:
+        found = ClientTransport(uri, without_credentials(uri)).experiment_by_name(project)
+    except NotNow as no:
+        return Reach(False, no.reason)
+    except Refused as no:
+        return Reach(False, f"MLflow refuses to look for experiment {project!r}: {no}")
+    return Reach(True, f"mlflow's client reaches it; experiment {project!r} {'is there' if found else 'will be made'}")
 
 
 def _mlflow_advice(reason: str) -> str | None:

@@ -42,8 +42,14 @@ class ArtifactStore:
     """
 
     def __init__(
-        self, connection: Connection | None, environ: Mapping[str, str], sources: Sources | None = None
+        self,
+        connection: Connection | None,
+        environ: Mapping[str, str],
+        sources: Sources | None = None,
+        tracking_uri: str | None = None,
     ) -> None:
+        """`tracking_uri`: whom mlflow's own repositories ask for the way to a store (`dbfs:`, `runs:`)."""
+        self._tracking_uri = tracking_uri
         self._sources = sources or Sources({})
         self._connection = connection
         self._environ = environ
@@ -122,7 +128,7 @@ class ArtifactStore:
             root = unquote(parts.path) if parts.scheme else artifact_uri
             _into_folder(Path(root), path, original)
         else:
-            _by_mlflow(artifact_uri, path, original)
+            _by_mlflow(artifact_uri, path, original, self._tracking_uri)
 
 
 def reference(artifact: ArtifactLogged, why: str) -> str:
@@ -230,7 +236,7 @@ def _into_folder(root: Path, path: str, original: _Bytes) -> None:
         ) from error
 
 
-def _by_mlflow(artifact_uri: str, path: str, original: _Bytes) -> None:
+def _by_mlflow(artifact_uri: str, path: str, original: _Bytes, tracking_uri: str | None) -> None:
     from tracelet.exporters.mlflow.store import artifact_repository
 
     original.digest()
@@ -242,7 +248,7 @@ def _by_mlflow(artifact_uri: str, path: str, original: _Bytes) -> None:
         else:
             with open(named, "wb") as copy:
                 shutil.copyfileobj(original.file, copy, CHUNK)
-        repository = artifact_repository(artifact_uri)
+        repository = artifact_repository(artifact_uri, tracking_uri)
         try:
             repository.log_artifact(named, posixpath.dirname(path) or None)
             original.check()

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from tracelet.backends import tracking_uri, without_credentials
-from tracelet.errors import ConfigError
+from tracelet.backends import is_by_client, tracking_uri, without_credentials
 from tracelet.exporters.base import Answer, Delivered, Delivery, RetryLater
 from tracelet.exporters.mlflow.artifacts import ArtifactStore
 from tracelet.exporters.mlflow.connection import Connection
@@ -24,8 +23,6 @@ from tracelet.records import Batch, Heartbeat, RunInfo
 
 __all__ = ["MLflowExporter"]
 
-_DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
-
 
 class MLflowExporter:
     """One run in one MLflow.
@@ -39,7 +36,7 @@ class MLflowExporter:
     and tags are set again without effect; artifacts are replaced by themselves.
 
     Raises:
-        ConfigError: an address that is neither http(s) nor a database's, or an artifact prefix that can't be one.
+        ConfigError: an artifact prefix that can't be one.
     """
 
     max_points = POINTS_PER_BATCH
@@ -49,9 +46,10 @@ class MLflowExporter:
     def __init__(self, spec: Mapping[str, Any], secrets: Mapping[str, Any], environ: Mapping[str, str]) -> None:
         self._public_uri = str(spec["tracking_uri"])
         self._spec = spec
+        self._environ = environ
         self._uri = _with_credentials(spec, secrets, environ)
         self._transport, self._connection = _transport(self._uri, spec, environ)
-        self._artifacts = ArtifactStore(self._connection, environ, Sources(spec))
+        self._artifacts = ArtifactStore(self._connection, environ, Sources(spec), self._uri)
         self._run: RunState | None = None
 
     def open(self, run: RunInfo, memory: Mapping[str, Any]) -> Answer:
@@ -138,9 +136,12 @@ class MLflowExporter:
         return self._transport.run(found.run_id) if found is not None else None
 
     def _link(self, view: RunView) -> str:
+        if self._public_uri.startswith("databricks"):
+            host = self._environ.get("DATABRICKS_HOST", "").rstrip("/") or "databricks:"
+            return f"{host}/ml/experiments/{view.experiment_id}/runs/{view.run_id}"
         if self._connection is not None:
             return f"{self._public_uri.rstrip('/')}/#/experiments/{view.experiment_id}/runs/{view.run_id}"
-        return f"mlflow ui --backend-store-uri {shlex.quote(self._public_uri)}"
+        return f"mlflow ui --backend-store-uri {shlex.quote(self._public_uri)}"  # a plugin's scheme, too
 
 
 def _with_credentials(spec: Mapping[str, Any], secrets: Mapping[str, Any], environ: Mapping[str, str]) -> str:
@@ -159,18 +160,10 @@ def _transport(uri: str, spec: Mapping[str, Any], environ: Mapping[str, str]) ->
         given = {"username": unquote(parts.username or ""), "password": unquote(parts.password or "")}
         connection = Connection(without_credentials(uri), given, environ)
         return RestTransport(connection), connection
-    if scheme.partition("+")[0] in _DATABASES:
+    if not is_by_client(uri):
         from tracelet.exporters.mlflow.store import DatabaseTransport
 
         return DatabaseTransport(uri, spec.get("artifact_root")), None
-    shown = without_credentials(uri)
-    raise ConfigError(
-        f"tracking_uri {shown!r} can't be used: tracelet writes to an MLflow server (http://, https://) or a database"
-        f" ({', '.join(f'{name}://' for name in _DATABASES)})"
-        + ("; MLflow's file store has had its day, sqlite:///mlflow.db takes its place" if _is_file(scheme) else ""),
-        tracking_uri=shown,
-    )
+    from tracelet.exporters.mlflow.client import ClientTransport
 
-
-def _is_file(scheme: str) -> bool:
-    return scheme in ("", "file")
+    return ClientTransport(uri, without_credentials(uri)), None

@@ -1,6 +1,6 @@
 """An MLflow database through mlflow's own store: for sqlite, PostgreSQL and the like, in the shipper's process alone.
 
-The one file (beside `active`, which runs in training) that imports mlflow, and late: it costs 4 s and 170 MB.
+This and `client` (and `active`, which runs in training) import mlflow, and late: it costs 4 s and 170 MB.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tracelet.backends import without_credentials
 from tracelet.exporters.mlflow.limits import SQL_INFINITY
 from tracelet.exporters.mlflow.transport import ExperimentView, MetricRow, NotNow, Refused, RunView, Unclear
 
-__all__ = ["DatabaseTransport", "artifact_repository", "quiet_mlflow"]
+__all__ = ["DatabaseTransport", "artifact_repository", "quiet_mlflow", "run_view"]
 
 _T = TypeVar("_T")
 _ANALYZE_FROM_ROWS = 50_000
@@ -59,13 +59,13 @@ def _no_retries() -> Iterator[None]:
         utils.MAX_RETRY_COUNT = before
 
 
-def artifact_repository(artifact_uri: str) -> Any:
-    """mlflow's client of the store behind `artifact_uri`."""
+def artifact_repository(artifact_uri: str, tracking_uri: str | None = None) -> Any:
+    """mlflow's client of the store behind `artifact_uri`; some ask the tracking server for the way there."""
     try:
         with quiet_mlflow():
             from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-            return get_artifact_repository(artifact_uri)
+            return get_artifact_repository(artifact_uri, tracking_uri)
     except Exception as error:
         # ImportError for a missing SDK, and whatever else a store's SDK raises without its credentials.
         raise NotNow(
@@ -174,7 +174,7 @@ class DatabaseTransport:
         found = self._read(
             lambda store: store.search_runs([experiment_id], f"tags.`{key}` = '{value}'", ViewType.ALL, max_results=100)
         )
-        return sorted((_run_view(run) for run in found), key=lambda run: (run.start_time, run.run_id))
+        return sorted((run_view(run) for run in found), key=lambda run: (run.start_time, run.run_id))
 
     def create_run(
         self, experiment_id: str, user_id: str, start_time: int, run_name: str, tags: Mapping[str, str]
@@ -184,12 +184,12 @@ class DatabaseTransport:
 
         named = [RunTag(key, value) for key, value in tags.items()]
         run = self._do(lambda store: store.create_run(experiment_id, user_id, start_time, named, run_name))
-        return _run_view(run)
+        return run_view(run)
 
     def run(self, run_id: str) -> RunView | None:
         """3 ms at any size of the run."""
         try:
-            return _run_view(self._read(lambda store: store.get_run(run_id)))
+            return run_view(self._read(lambda store: store.get_run(run_id)))
         except Refused as no:
             if no.code == "RESOURCE_DOES_NOT_EXIST":
                 return None
@@ -292,7 +292,8 @@ class DatabaseTransport:
             logging.getLogger("tracelet").debug("ANALYZE metrics failed: %s", self._words(error))
 
 
-def _run_view(run: Any) -> RunView:
+def run_view(run: Any) -> RunView:
+    """A run as mlflow has it, in our words."""
     latest = {
         metric.key: (metric.step, metric.timestamp, 0.0 if math.isnan(metric.value) else metric.value)
         for metric in run.data._metric_objs
