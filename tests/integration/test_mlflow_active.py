@@ -73,6 +73,47 @@ def test_a_model_logged_inside_loads_by_the_run_and_the_run_goes_on(made: tuple[
         os.environ.pop("MLFLOW_EXPERIMENT_ID", None)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:mlflow", "ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_model_is_registered_at_the_same_mlflow_as_the_run_and_loads_by_its_version(made: tuple[str, Any]) -> None:
+    uri, exporter = made
+    run_id, name = exporter.memory()["run_id"], f"classifier-{uuid.uuid4().hex[:8]}"
+    model = LogisticRegression().fit([[0.0], [1.0]], [0, 1])
+    with active_run(uri, run_id):
+        for _ in range(2):
+            mlflow.sklearn.log_model(
+                model,
+                name="model",
+                registered_model_name=name,
+                pip_requirements=[],
+                serialization_format="cloudpickle",
+            )
+        assert mlflow.sklearn.load_model(f"models:/{name}/2").predict([[1.0]]) == [1]
+    versions = mlflow.MlflowClient(uri).search_model_versions(f"name = '{name}'")
+    assert sorted((int(one.version), one.run_id) for one in versions) == [(1, run_id), (2, run_id)]
+    view = exporter._transport.run(run_id)
+    assert view.status == "RUNNING"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:mlflow", "ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_registry_that_the_program_has_chosen_is_used_inside_and_still_chosen_afterwards(
+    made: tuple[str, Any], tmp_path: Path
+) -> None:
+    uri, exporter = made
+    elsewhere, name = f"sqlite:///{tmp_path}/registry.db", f"classifier-{uuid.uuid4().hex[:8]}"
+    mlflow.set_registry_uri(elsewhere)
+    try:
+        with active_run(uri, exporter.memory()["run_id"]):
+            mlflow.register_model("file:///nowhere", name)
+        assert mlflow.get_registry_uri() == elsewhere
+        assert len(mlflow.MlflowClient(uri, elsewhere).search_model_versions(f"name = '{name}'")) == 1
+    finally:
+        mlflow.set_registry_uri("")  # None would leave it
+        os.environ.pop("MLFLOW_REGISTRY_URI", None)
+    assert not mlflow.MlflowClient(uri, uri).search_model_versions(f"name = '{name}'")
+
+
 def test_a_run_that_is_not_there_is_named_and_nothing_stays_set(made: tuple[str, Any]) -> None:
     before = os.environ.get("MLFLOW_TRACKING_URI"), mlflow.active_run()
     with pytest.raises(ExportError, match="0123456789abcdef"), active_run(made[0], "0123456789abcdef" * 2):
