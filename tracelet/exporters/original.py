@@ -34,7 +34,8 @@ class Original:
 
     def check(self) -> None:
         """Raise `Changed` if size, or for a reference time or inode, are others than when it was logged."""
-        artifact, now = self._artifact, os.stat(self.at)
+        # Of the open file: what is deleted or replaced under its name meanwhile is still here, and whole.
+        artifact, now = self._artifact, os.fstat(self.file.fileno())
         ours = artifact.stored is not None
         if now.st_size != artifact.size:
             raise Changed(f"{self.at} has {now.st_size} bytes, but had {artifact.size} when it was logged")

@@ -145,7 +145,8 @@ def reference(artifact: ArtifactLogged, why: str) -> str:
 
 def unsafe(path: str) -> str | None:
     """Why `path` can't name a file inside the run's artifacts, or None if it can."""
-    if not path or path != posixpath.normpath(path) or path.startswith(("/", "..")) or path == ".":
+    leaves = path.startswith(("/", "../")) or path in (".", "..")
+    if not path or path != posixpath.normpath(path) or leaves:
         return f"the artifact path {path!r} leaves the run's folder or is not plain: use one such as 'models/best.pt'"
     if "\x00" in path or any(len(part.encode("utf-8", "replace")) > ARTIFACT_PATH_BYTES for part in path.split("/")):
         return f"the artifact path {path[:80]!r} has a part that no file system takes (over 255 bytes, or a NUL)"
