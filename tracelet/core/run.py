@@ -353,7 +353,7 @@ class Run:
         self.delivery.after_end(record.seen_by, timeout_s)
 
     def _final(self, seen_by: str) -> str:
-        """Where nothing outlives the program nobody is left to ask the kernel how it ended: its own word is the last."""
+        """Where nothing outlives the program, nobody is left to ask the kernel how it ended: its own word stands."""
         return "exit-final" if seen_by in ("exit", "exit-code") and not self.delivery.outlived else seen_by
 
     # ---- what the process tells us ------------------------------------------------------------------------------
