@@ -71,6 +71,8 @@ def take(
     for the digest); a `stat` for a reference.
     Durability: a copy survives the death of the process.
     """
+    if not isinstance(source, (str, bytes, os.PathLike)):
+        raise InvalidValue(f"an artifact has to be named by its path, not by a {type(source).__name__}", path=source)
     absolute = os.path.abspath(os.fsdecode(source))
     files = list(_files(absolute, path))
     if not files:
@@ -104,7 +106,7 @@ def destination(path: str | os.PathLike[str]) -> str:
         >>> destination("models//./epoch_10.pth")
         'models/epoch_10.pth'
     """
-    text = os.fspath(path)
+    text: object = os.fspath(path) if isinstance(path, os.PathLike) else path
     if not isinstance(text, str):
         raise InvalidValue(f"an artifact's path has to be a str, not {type(text).__name__}", name=text)
     reason = None
