@@ -204,11 +204,17 @@ class SpoolReader:
             return None
         if file.seal is None:
             file.seal = read_seal(self._folder, writer, number)
+        if file.damaged_header and file.seal is None:
+            file.header = self._rebuilt(file, writer, number)  # what is appended to grows
         if file.header is None:
+            file.header = Header.unpack(os.pread(file.fd, HEADER_SIZE, 0))
+        if file.header is None:
+            rebuilt = self._rebuilt(file, writer, number)
+            # Read again: the header is written before any slot, so it is there if slots were found, unless damaged. A
+            # header that came between the two looks would otherwise be made up, with the size that the file had then.
             page = os.pread(file.fd, HEADER_SIZE, 0)
             file.header = Header.unpack(page)
             if file.header is None:
-                rebuilt = self._rebuilt(file, writer, number)
                 if not rebuilt.base and file.seal is None and not any(page[:64]):
                     self._forget(writer, number)
                     return None  # just made: a header of zeros, and no slot is filled before there is one
@@ -248,8 +254,12 @@ class SpoolReader:
                 later = [n for n in self.segments(writer) if n > number] if slot == 0 else []
                 if not later or (file is not None and not dead):
                     break
-                number = later[0]  # older ones were deleted after their delivery
-                continue
+                # Looked at again, now that there are later ones: it may have been made and filled between the looks.
+                again = self._segment(writer, number)
+                if again is None or again.header is None:
+                    number = later[0]  # older ones were deleted after their delivery
+                    continue
+                file = again
             last = self._sealed_end(file)
             rolled = self._exists(writer, number + 1)
             found = self._look(writer, number, file, slot, room, dead, rolled, still_open)
