@@ -322,6 +322,8 @@ class Writer:
 
     def _without_iteration(self, name: str) -> int:
         """0, for a call without an iteration while none was ever set; says so once, at a name's second."""
+        if type(name) is not str:  # refused a step later, by name
+            return 0
         if name in self._once:
             self._once.clear()
             self._seldom.current = 0
