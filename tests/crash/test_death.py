@@ -1,4 +1,8 @@
-"""Training that is killed: what had been logged is delivered, and the run is marked, whoever else is alive."""
+"""Training that is killed: what had been logged is delivered, and the run is marked, whoever else is alive.
+
+Pattern: a real program with its shipper over a real MLflow; it is killed at a random moment, alone or with a worker
+that lives on, or its PID namespace ends. Limit: two minutes a test.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""How a program ends, as its own END says: real interpreters, each left in another way."""
+"""How a program ends, as its own END says: real interpreters, each left in another way.
+
+Pattern: an interpreter runs a script without a shipper, and leaves; its END is read from the spool. Limit: a minute a
+program.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""A gateway killed in mid-request, again and again: what it acknowledged is in MLflow, and nothing is there twice."""
+"""A gateway killed in mid-request, again and again: what it acknowledged is in MLflow, and nothing is there twice.
+
+Pattern: three senders that repeat what was not acknowledged, eight kills at random moments, a real MLflow behind.
+Limit: five minutes.
+"""
 
 from __future__ import annotations
 

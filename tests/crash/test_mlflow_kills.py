@@ -1,4 +1,7 @@
-"""Real shippers killed while a real MLflow server carries out what they asked: one run, each row sent once."""
+"""Real shippers killed while a real MLflow server carries out what they asked: one run, each row sent once.
+
+Pattern: a proxy in front of the server kills the shipper before each answer, one after the other. Limit: three minutes.
+"""
 
 from __future__ import annotations
 

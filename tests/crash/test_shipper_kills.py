@@ -1,4 +1,8 @@
-"""Real shippers and real programs, killed: nothing is lost, nothing arrives twice in effect, and the end is told."""
+"""Real shippers and real programs, killed: nothing is lost, nothing arrives twice in effect, and the end is told.
+
+Pattern: a destination in a file that answers late; the shipper is killed between arrival and acknowledgement.
+Limit: a minute a test.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""A disk that fills up: refused and counted, no SIGBUS, no exception out of log(), and on again when there is room."""
+"""A disk that fills up: refused and counted, no SIGBUS, no exception out of log(), and on again when there is room.
+
+Pattern: a tmpfs of a few megabytes, or a limit on file sizes, under a writer in a process of its own. Limit: a minute a
+test.
+"""
 
 from __future__ import annotations
 

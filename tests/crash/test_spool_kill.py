@@ -1,4 +1,8 @@
-"""kill -9 at any moment: every point whose call had returned is read back."""
+"""kill -9 at any moment: every point whose call had returned is read back.
+
+Pattern: the child counts its returned calls in a mapped page that outlives it, and is killed at a random moment.
+Limit: a minute a kill.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Ten thousand calls interrupted by exceptions out of a signal handler: no open slot is left, none is overwritten."""
+"""Ten thousand calls interrupted by exceptions out of a signal handler: no open slot is left, none is overwritten.
+
+Pattern: a timer's signal whose handler raises, in the middle of calls. Limit: two minutes.
+"""
 
 from __future__ import annotations
 
