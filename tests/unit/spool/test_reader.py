@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -295,3 +296,35 @@ def test_a_folder_without_writers_is_empty(tmp_path: Path) -> None:
     assert reader.poll("0" * 16, START, 10, dead=True) == ((), START)
     assert reader.read(SlotRange("0" * 16, 1, 0, 4)).damaged[0].end == 4
     assert list(reader.scan_frames("0" * 16)) == []
+
+
+class Overtaken(SpoolReader):
+    """A reader that a writer overtakes between its two looks at a file that is just being made."""
+
+    def __init__(self, folder: Path, path: Path, come: bytes) -> None:
+        super().__init__(folder)
+        self._path, self._come = path, come
+
+    def _rebuilt(self, file: Any, writer: str, number: int) -> Header:
+        if self._come:
+            self._path.write_bytes(self._come)
+            self._come = b""
+        return super()._rebuilt(file, writer, number)
+
+
+def test_a_segment_that_comes_between_two_looks_is_read_to_its_end(tmp_path: Path) -> None:
+    writer = pen(tmp_path, slots_per_segment=700, mapped=False)
+    for i in range(1500):
+        writer.log("a", float(i), i)
+    path = tmp_path / segment_name(str(writer.writer_id), 1)
+    whole = path.read_bytes()
+    path.write_bytes(b"")
+    reader, story = Overtaken(tmp_path, path, whole[: HEADER_SIZE + 128 * SLOT_SIZE]), Story()
+    for content in (None, whole):
+        if content is not None:
+            path.write_bytes(content)
+        ranges, story.position = reader.poll(str(writer.writer_id), story.position, 10_000, dead=False)
+        story.take(reader, ranges)
+    reader.close()
+    end(writer)
+    assert sorted(iteration for _, _, iteration in story.points) == list(range(1500))
