@@ -19,7 +19,7 @@ from tracelet.shipper.process import suppress_instrumentation
 from tracelet.shipper.shipment import Build, Shipment
 from tracelet.spool.lease import ShipperLock
 from tracelet.spool.lease import is_alive as is_writer_alive
-from tracelet.spool.store import read_manifest
+from tracelet.spool.store import Manifest, read_manifest
 
 __all__ = ["Handle", "start", "start_all"]
 
@@ -84,17 +84,8 @@ def start(
             logger.info("another process serves %s of run %s", destination["id"], manifest.run_id)
     if not mine:
         return None
-    shipment = Shipment(
-        folder,
-        manifest,
-        environ=environ,
-        secrets=secrets,
-        build=build,
-        deaths=Deaths(folder, is_alive=lambda writer: _is_alive(shipment, writer)),
-        only=[str(destination["id"]) for destination in mine],
-        in_process=True,
-        suppress=suppress_instrumentation,
-    )
+    ids = [str(destination["id"]) for destination in mine]
+    shipment = _shipment(folder, manifest, environ, secrets, build, only=ids, in_process=True)
     _get_ready(shipment, mine)
     return Handle(shipment, locks)
 
@@ -120,16 +111,7 @@ def start_all(
     if not lock.acquire():
         logger.info("another process ships %s", folder)
         return None
-    shipment = Shipment(
-        folder,
-        manifest,
-        environ=environ,
-        secrets=secrets,
-        build=build,
-        deaths=Deaths(folder, is_alive=lambda writer: _is_alive(shipment, writer)),
-        suppress=suppress_instrumentation,
-        with_in_process=True,
-    )
+    shipment = _shipment(folder, manifest, environ, secrets, build, with_in_process=True)
     _get_ready(shipment, manifest.destinations.values())
     return Handle(shipment, [lock], whole=True)
 
@@ -140,6 +122,27 @@ def _get_ready(shipment: Shipment, destinations: Iterable[Mapping[str, Any]]) ->
         for destination in destinations:
             registry.preload(destination)
     shipment.tick()
+
+
+def _shipment(
+    folder: Path,
+    manifest: Manifest,
+    environ: Mapping[str, str],
+    secrets: Mapping[str, Mapping[str, Any]],
+    build: Build,
+    **which: Any,
+) -> Shipment:
+    made = Shipment(
+        folder,
+        manifest,
+        environ=environ,
+        secrets=secrets,
+        build=build,
+        deaths=Deaths(folder, is_alive=lambda writer: _is_alive(made, writer)),
+        suppress=suppress_instrumentation,
+        **which,
+    )
+    return made
 
 
 def _is_alive(shipment: Shipment, writer: str) -> bool:
