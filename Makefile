@@ -22,8 +22,8 @@ demo: $(VENV)/.ready-demo ## train a classifier on digits, logged into MLflow's 
 test: $(VENV)/.ready-dev ## all tests
 	$(RUN) pytest $(ARGS)
 
-soak: $(VENV)/.ready-dev ## the crash tests at full length: 200 kills, more lines, more workers (half an hour)
-	TRACELET_SOAK=1 $(RUN) pytest tests/crash $(ARGS)
+soak: $(VENV)/.ready-dev ## crash, damage and fuzz tests at full length, and a page of what they did (an hour and a half)
+	@$(VENV)/bin/python scripts/soak.py $(ARGS)
 
 check: $(VENV)/.ready-dev ## format, lint, types, import rules, the docs and every block in them
 	$(RUN) ruff format --check .

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -97,7 +98,7 @@ if __name__ == "__main__":
 
 
 def test_workers_of_every_start_method_log_into_one_run_with_nothing_lost_or_doubled(
-    tmp_path: Path, otlp_sink: HttpSink
+    tmp_path: Path, otlp_sink: HttpSink, record_property: Callable[[str, object], None]
 ) -> None:
     each = 20_000 if SOAK else 2_000
     done = finished(tmp_path, WORKERS, each, OTEL_EXPORTER_OTLP_ENDPOINT=otlp_sink.url)
@@ -106,6 +107,7 @@ def test_workers_of_every_start_method_log_into_one_run_with_nothing_lost_or_dou
     assert [attributes(span)["tracelet.run.state"] for span in otlp_sink.spans()] == ["FINISHED"]
     points = Counter((point.name, point.iteration) for point in otlp_sink.points("workers"))
     wanted = {(f"worker{number}", step) for number in range(8) for step in range(each)}
+    record_property("points of workers", points.total())
     assert points == Counter(wanted | {("parent", step) for step in range(3)})
     assert {resource["service.instance.id"] for resource, _, _ in otlp_sink.metrics()} == {
         ids.instance_id("workers", attempt_of(otlp_sink), 0)
@@ -237,7 +239,7 @@ print(descriptors(shipper_alive(exp._run.folder)))
 
 
 def test_workers_that_come_and_go_by_the_hundred_leave_no_descriptor_behind(
-    tmp_path: Path, otlp_sink: HttpSink
+    tmp_path: Path, otlp_sink: HttpSink, record_property: Callable[[str, object], None]
 ) -> None:
     count = 1_000 if SOAK else 200
     done = finished(tmp_path, MANY, count, limit_s=300, OTEL_EXPORTER_OTLP_ENDPOINT=otlp_sink.url)
@@ -245,3 +247,4 @@ def test_workers_that_come_and_go_by_the_hundred_leave_no_descriptor_behind(
     until(lambda: len(otlp_sink.points("many")) == count + 1, 60)
     assert sorted(point.iteration for point in otlp_sink.points("many") if point.name == "child") == list(range(count))
     assert int(done.stdout) < 100
+    record_property("workers", count)

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -79,8 +80,8 @@ def ship(folder: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def kill_and_look(tmp_path: Path, spool: Path, sink: HttpSink, seed: int, how: str) -> None:
-    """Kill one program at a random moment, and see that all it had logged has arrived."""
+def kill_and_look(tmp_path: Path, spool: Path, sink: HttpSink, seed: int, how: str) -> int:
+    """Kill one program at a random moment, see that all it had logged has arrived, and say how much that was."""
     chance, run_id = random.Random(seed), f"{how}-{seed}".replace(" ", "-")
     folder = tmp_path / run_id
     folder.mkdir()
@@ -119,6 +120,7 @@ def kill_and_look(tmp_path: Path, spool: Path, sink: HttpSink, seed: int, how: s
     assert set(points.values()) == {1}
     params = {name for name in found if name.startswith("tracelet.param.")}
     assert {f"tracelet.param.p{50 * n + 49}" for n in range(acknowledged.count(b"p"))} <= params
+    return calls
 
 
 HOW = ("training", "training", "group", "shipper too")
@@ -126,7 +128,7 @@ HOW = ("training", "training", "group", "shipper too")
 
 @pytest.mark.parametrize("part", range(10 if SOAK else 2))
 def test_all_that_was_acknowledged_outlives_a_kill_at_a_random_moment(
-    tmp_path: Path, clean_environment: Path, sink: HttpSink, part: int
+    tmp_path: Path, clean_environment: Path, sink: HttpSink, part: int, record_property: Callable[[str, object], None]
 ) -> None:
     each = 20 if SOAK else 10
     with ThreadPoolExecutor(2) as two_at_once:
@@ -134,8 +136,9 @@ def test_all_that_was_acknowledged_outlives_a_kill_at_a_random_moment(
             two_at_once.submit(kill_and_look, tmp_path, clean_environment, sink, seed, HOW[seed % len(HOW)])
             for seed in range(part * each, (part + 1) * each)
         ]
-        for one in done:
-            one.result()
+        acknowledged = sum(one.result() for one in done)
+    record_property("kills", each)
+    record_property("points acknowledged, none lost", acknowledged)
 
 
 # A child for each line: warm from its parent, it lives for a few milliseconds.
@@ -211,7 +214,10 @@ def points_of(path: Path) -> dict[str, Counter[int]]:
 
 
 def test_a_kill_at_any_line_of_start_roll_over_or_stop_loses_nothing_acknowledged_and_can_be_shipped(
-    tmp_path: Path, clean_environment: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    clean_environment: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Callable[[str, object], None],
 ) -> None:
     monkeypatch.setenv("TRACELET_SHIPPER", "off")
     script, file = written(tmp_path, LINES), tmp_path / "out.jsonl"
@@ -224,12 +230,13 @@ def test_a_kill_at_any_line_of_start_roll_over_or_stop_loses_nothing_acknowledge
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(lines) > 50
+    record_property("kills at a line", len(lines))
     ship(clean_environment)
     look(clean_environment, file, lines)
 
 
 def test_a_kill_at_any_line_that_starts_or_awaits_the_shipper_leaves_nothing_undelivered(
-    tmp_path: Path, clean_environment: Path
+    tmp_path: Path, clean_environment: Path, record_property: Callable[[str, object], None]
 ) -> None:
     script, file = written(tmp_path, LINES), tmp_path / "out.jsonl"
     step = random.Random(time.time_ns()).randrange(*(2, 4) if SOAK else (15, 25))
@@ -241,6 +248,7 @@ def test_a_kill_at_any_line_that_starts_or_awaits_the_shipper_leaves_nothing_und
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(lines) > 8
+    record_property("kills at a line", len(lines))
     # Where a shipper was started it delivers all by itself; who died before that one is shipped afterwards.
     until(lambda: all(shipper_alive(folder) is None for folder in clean_environment.glob("*/*")), 90)
     ship(clean_environment)

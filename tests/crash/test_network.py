@@ -476,7 +476,9 @@ def test_a_destination_that_hangs_or_is_gone_delays_no_other(tmp_path: Path) -> 
 
 
 @every_kind
-def test_a_line_that_fails_in_every_way_again_and_again_loses_nothing(line: Line) -> None:
+def test_a_line_that_fails_in_every_way_again_and_again_loses_nothing(
+    line: Line, record_property: Callable[[str, object], None]
+) -> None:
     """A shipper's own threads, on the real clock: 4 s, or ten minutes with TRACELET_SOAK=1."""
     chance = random.Random(f"{line.kind} 5")
     over = time.monotonic() + FAULTY_S
@@ -491,6 +493,8 @@ def test_a_line_that_fails_in_every_way_again_and_again_loses_nothing(line: Line
         line.wire.mend()
         _pass(made, chance.uniform(0.1, 1.0), line.writer, logged)
         logged += 50
+    record_property("faults", logged // 100)
+    record_property("points", logged)
 
     def all_there() -> bool:
         made.tick()

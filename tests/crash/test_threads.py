@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,9 @@ class Follower(threading.Thread):
 
 
 @pytest.mark.parametrize("mapped", [True, False], ids=["mapped", "appended"])
-def test_16_threads_with_names_rolls_and_slow_values_lose_and_mix_nothing(tmp_path: Path, mapped: bool) -> None:
+def test_16_threads_with_names_rolls_and_slow_values_lose_and_mix_nothing(
+    tmp_path: Path, mapped: bool, record_property: Callable[[str, object], None]
+) -> None:
     folder = tmp_path / "run" / "host"
     attempt = add_attempt(folder, "a")
     writer = open_writer(folder, attempt, slots_per_segment=700, mapped=mapped)
@@ -161,6 +164,8 @@ def test_16_threads_with_names_rolls_and_slow_values_lose_and_mix_nothing(tmp_pa
             assert follower.points[f"t{number}"] == list(range(logging.logged[number]))
     total = sum(len(one) for one in followers[0].points.values())
     assert total == writer.counts().points
+    record_property("points", total)
+    record_property("names", len(followers[0].points))
     assert writer.counts().refused == 0
     arrived: dict[str, list[int]] = defaultdict(list)
     for batch in store.in_order():

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -87,7 +87,11 @@ def all_points() -> set[tuple[str, int]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_damaged_file_costs_no_more_than_what_stood_in_its_damage(kind: str) -> None:
+def test_one_damaged_file_costs_no_more_than_what_stood_in_its_damage(
+    kind: str, record_property: Callable[[str, object], None]
+) -> None:
+    record_property("damaged folders", EXAMPLES)
+
     @settings(max_examples=EXAMPLES, deadline=None, database=None)
     @given(DAMAGE, st.integers(0, 100))
     def check(damage: list[tuple[int, object]], which: int) -> None:
