@@ -19,6 +19,7 @@ from tracelet.cli.main import main
 from tracelet.exporters.prometheus import PrometheusExporter
 from tracelet.shipper.process import ship
 from tracelet.spool import store
+from tracelet.spool.cursor import Progress
 
 TRAIN = """
 import math, sys, pathlib, tracelet
@@ -176,16 +177,23 @@ def test_what_mlflow_refused_arrives_whole_under_the_names_it_would_have_had(
         kinds = [line["what"] for line in lines]
         assert sorted(set(kinds)) == ["artifact", "param", "point", "tag"]
         assert kinds.count("point") == 4
-        # Twice: when it was logged, and with the end, which has the last value of every param.
-        params = [(line["facts"]["key"], line["facts"]["value"]) for line in lines if line["what"] == "param"]
-        assert params == [("wrong/param ☃", "long " * 3000)] * 2
+        # Once, though the end of the run, which has the last value of every param and tag, is refused them again.
+        pairs = [(line["facts"]["key"], line["facts"]["value"]) for line in lines if line["what"] in ("param", "tag")]
+        assert pairs == [("wrong/param ☃", "long " * 3000), ("wrong-tag", "yes")]
+        progress = Progress(folder)
+        progress.refresh()
+        assert [state.refused for state in progress.destinations.values()] == [len(lines)]
         (copy,) = [line["facts"]["stored"] for line in lines if line["what"] == "artifact"]
         assert (folder / copy).read_bytes() == b"weights"
         run_id = _run_id(proxy)
 
         proxy.rule = lambda seen: Spoil()
         capsys.readouterr()
+        before = len(proxy.calls("log-batch"))
         assert main(["ship", "--dead-letters", "mlflow-letters"]) == 0, capsys.readouterr().out
+        sent = [json.loads(seen.body) for seen in proxy.calls("log-batch")[before:]]
+        named = [one["key"] for body in sent for kind in ("params", "tags") for one in body.get(kind, ())]
+        assert len([name for name in named if name.startswith("wrong")]) == 2
         assert not (folder / copy).exists(), "a copy goes once everybody has it"
     run = get_run(mlflow_server, run_id)
     (key,) = [key for key in run.data.params if key.startswith("wrong")]

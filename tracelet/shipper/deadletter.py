@@ -19,6 +19,7 @@ import errno
 import hashlib
 import json
 import os
+from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,8 @@ from tracelet.records import WriterOpened
 __all__ = ["VERSION", "DeadLetters", "Letter", "letters_in"]
 
 VERSION = 1
+
+_Name = tuple[str, str, str]  # attempt, kind, name
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +88,8 @@ class DeadLetters:
     """The dead letters of one destination.
 
     `write` returns when the lines are on the disk; where it raises, none of them is. Written again after a crash
-    (`repeat=True`), a batch's lines that are already there are left out.
+    (`repeat=True`), a batch's lines that are already there are left out. So is what the end of an attempt tells once
+    more: a param or tag whose last line of that attempt has the same value and still waits.
     """
 
     def __init__(self, folder: Path, destination_id: str) -> None:
@@ -93,6 +97,7 @@ class DeadLetters:
         self._done = folder / f"rejected-{destination_id}.done"
         self.destination = destination_id
         self._introduced: set[str] | None = None  # writers whose opening stands in the file
+        self._waiting: dict[_Name, str] | None = None  # of each name the digest of the last value that waits
 
     def write(
         self,
@@ -102,10 +107,14 @@ class DeadLetters:
         time_unix_nano: int,
         repeat: bool = False,
         openings: Mapping[str, WriterOpened] | None = None,
-    ) -> None:
-        """Append `items` of a batch; `openings` are of the writers whose things they are."""
-        there = self._written_for(batch) if repeat else set()
+    ) -> int:
+        """Append `items` of a batch; `openings` are of the writers whose things they are.
+
+        Returns how many stand in the file for this batch, now or since before a crash.
+        """
+        there = self._written_for(batch) if repeat else []
         introduced = self._openings_there()
+        known = ChainMap[_Name, str]({}, self._names_waiting())
         lines: list[str] = []
         for item in items:
             opened = None if item.writer is None else (openings or {}).get(item.writer)
@@ -121,6 +130,11 @@ class DeadLetters:
             }
             if _content(line) in there:
                 continue
+            name, value = _named(line)
+            if name is not None:
+                if known.get(name) == value:
+                    continue
+                known[name] = value
             if opened is not None and str(item.writer) not in introduced:
                 introduced = introduced | {str(item.writer)}
                 line["opened"] = json.loads(codec.encode(opened)[1])
@@ -128,6 +142,8 @@ class DeadLetters:
         if lines:
             _append(self.path, lines)
             self._introduced = introduced
+            self._names_waiting().update(known.maps[0])
+        return len(there) + len(lines)
 
     def waiting(self) -> list[Letter]:
         """The lines that the destination has not taken since, in their order. Cost: reads the file."""
@@ -151,6 +167,7 @@ class DeadLetters:
         lines = [f"{letter.digest}\n" for letter in letters]
         if lines:
             _append(self._done, lines)
+            self._waiting = None
 
     def _taken(self) -> set[str]:
         try:
@@ -163,8 +180,14 @@ class DeadLetters:
             self._introduced = {str(x.at.get("writer")) for x in letters_in(self.path) if "opened" in x.line}
         return self._introduced
 
-    def _written_for(self, batch: int) -> set[str]:
-        return {_content(letter.line) for letter in letters_in(self.path) if letter.line.get("batch") == batch}
+    def _names_waiting(self) -> dict[_Name, str]:
+        if self._waiting is None:
+            named = (_named(letter.line) for letter in self.waiting())
+            self._waiting = {name: value for name, value in named if name is not None}
+        return self._waiting
+
+    def _written_for(self, batch: int) -> list[str]:
+        return [_content(letter.line) for letter in letters_in(self.path) if letter.line.get("batch") == batch]
 
 
 def letters_in(path: Path) -> Iterator[Letter]:
@@ -225,6 +248,17 @@ def _parsed(raw: bytes) -> dict[str, Any] | None:
 
 def _place(writer: str, opened: WriterOpened) -> dict[str, Any]:
     return {"writer": writer, "attempt": opened.attempt_key, "rank": opened.rank}
+
+
+def _named(line: Mapping[str, Any]) -> tuple[_Name | None, str]:
+    """Of what an attempt's end tells once more (params, tags, long params' texts) its name, and its value's digest."""
+    what, facts, at = line.get("what"), line.get("facts"), line.get("at")
+    keys = {"param": ("key", "value"), "tag": ("key", "value"), "artifact": ("path", "text")}.get(str(what))
+    if keys is None or not isinstance(facts, Mapping) or not facts.keys() >= set(keys):
+        return None, ""
+    attempt = at.get("attempt") if isinstance(at, Mapping) else None
+    name, value = (json.dumps(facts[key], sort_keys=True, default=str) for key in keys)
+    return (str(attempt), str(what), name), hashlib.blake2b(value.encode("ascii"), digest_size=16).hexdigest()
 
 
 def _content(line: Mapping[str, Any]) -> str:

@@ -88,7 +88,7 @@ class Lane:
         self._delivery: Delivery | None = None
         self._intent: Intent | None = None
         self._refused: tuple[Refusal, ...] | None = None  # the final answer to the batch in hand; None: none yet
-        self._lettered = False  # its dead letters are on disk
+        self._lettered: int | None = None  # how many dead letters it has; None: they are not on disk yet
         self._resumed = False  # the batch in hand was under way when a shipper died
         self._positions: dict[str, Position] = dict(self._journal.positions)
         self._drained: set[str] = set()  # writers of which nothing is left to read, as long as they are over
@@ -324,24 +324,24 @@ class Lane:
         assert intent is not None
         letters = assembled.refusals + _placed(refused, assembled.batch)
         again = is_again(assembled.extra)
-        if letters and not again and not self._lettered:
-            self._letters.write(
+        if letters and not again and self._lettered is None:
+            self._lettered = self._letters.write(
                 intent.number,
                 letters,
                 time_unix_nano=self._clock.time_ns(),
                 repeat=self._resumed,
                 openings=self._site.roster.opened,
             )
-            guard.limited(
-                f"refused {self.id}",
-                "%s: %d things will not arrive there; each is in %s with the reason, the first: %s: %s",
-                self.id,
-                len(letters),
-                self._letters.path,
-                letters[0].what,
-                letters[0].reason,
-            )
-            self._lettered = True
+            if self._lettered:
+                guard.limited(
+                    f"refused {self.id}",
+                    "%s: %d things will not arrive there; each is in %s with the reason, the first: %s: %s",
+                    self.id,
+                    self._lettered,
+                    self._letters.path,
+                    letters[0].what,
+                    letters[0].reason,
+                )
         self._remember(exporter)
         if assembled.extra and not again:
             # Before the acknowledgement: a crash in between repeats this end, instead of making a second one.
@@ -353,14 +353,14 @@ class Lane:
         else:
             lost = sum(int(item.facts.get("count", 1)) for item in refused if item.what == "point")
             delivered = max(0, assembled.points - lost)
-            self._journal.ack(intent, delivered=delivered, refused=len(letters))
+            self._journal.ack(intent, delivered=delivered, refused=self._lettered or 0)
         self._latest.update(assembled.latest_unix_nano)
         if self._on_delivered is not None:
             self._on_delivered(self.id, assembled, letters)
         if not self._resumed and not assembled.extra:
             self._gathered = None
         self._assembled = self._delivery = self._intent = self._refused = None
-        self._resumed = self._lettered = False
+        self._resumed, self._lettered = False, None
         self._positions.update(self._journal.positions)
         self.active_at = self.moved_at = self._clock.monotonic()
         self._well()

@@ -182,6 +182,36 @@ def test_an_opening_stands_once_in_a_file_and_is_found_after_a_restart(tmp_path:
     assert letters.openings() == {"w0": opened(0, "instance-0"), "w1": opened(1, "instance-1")}
 
 
+def test_what_an_end_tells_once_more_stands_once_and_its_last_value_stands_last(tmp_path: Path) -> None:
+    def tag(value: str, writer: str = "w0") -> Refusal:
+        return Refusal("tag", f"no {value}", {"key": "team", "value": value, "time_unix_nano": START}, writer)
+
+    text = Refusal("artifact", "no", {"path": "tracelet/params/x", "text": "long"})
+    letters = written(tmp_path, tag("a"), tag("b"), text)
+    written(tmp_path, tag("b"), text, batch=2)
+    written(tmp_path, tag("a"), batch=3)
+    written(tmp_path, tag("a"), Refusal("param", "no", {"key": "team", "value": "a"}), batch=4)
+    assert [(x.what, x.line["batch"], x.facts.get("value")) for x in letters.waiting()] == [
+        ("tag", 1, "a"),
+        ("tag", 1, "b"),
+        ("artifact", 1, None),
+        ("tag", 3, "a"),
+        ("param", 4, "a"),
+    ]
+    letters.mark(letters.waiting())
+    written(tmp_path, tag("a"), batch=5)
+    assert [x.line["batch"] for x in letters.waiting()] == [5], "one that was taken stands no more"
+
+
+def test_lines_of_a_batch_are_counted_alike_before_and_after_a_crash(tmp_path: Path) -> None:
+    tags = [Refusal("tag", "no", {"key": key, "value": "x"}) for key in ("team", "team", "mood")]
+    letters = written(tmp_path, *tags)
+    openings = {"w0": opened(0, "instance-0")}
+    repeated = [dataclasses.replace(tag, writer="w0", reason="no, again") for tag in tags]
+    assert letters.write(1, repeated[1:], time_unix_nano=START, repeat=True, openings=openings) == 2
+    assert letters.write(2, repeated[2:], time_unix_nano=START, openings=openings) == 0
+
+
 @pytest.mark.parametrize("tail", [b'{"torn', b'{"version": 1, "what": "tag", "by": "an editor"}'])
 def test_what_a_crash_left_of_a_line_goes_and_what_an_editor_left_stays(tmp_path: Path, tail: bytes) -> None:
     letters = written(tmp_path, Refusal("tag", "no", {"key": "a"}))
