@@ -251,13 +251,13 @@ class SpoolReader:
         while room > 0:
             file = self._segment(writer, number)
             if file is None or file.header is None:
-                later = [n for n in self.segments(writer) if n > number] if slot == 0 else []
+                later = [n for n in self.segments(writer) if n > number]
                 if not later or (file is not None and not dead):
                     break
                 # Looked at again, now that there are later ones: it may have been made and filled between the looks.
                 again = self._segment(writer, number)
                 if again is None or again.header is None:
-                    number = later[0]  # older ones were deleted after their delivery
+                    number, slot = later[0], 0  # older ones were deleted after their delivery
                     continue
                 file = again
             last = self._sealed_end(file)

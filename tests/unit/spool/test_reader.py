@@ -204,6 +204,14 @@ def test_reading_goes_on_where_older_segments_were_deleted(tmp_path: Path) -> No
     assert sum(len(reader.read(piece).records) // SLOT_SIZE for piece in ranges) == len(points) - 254
 
 
+def test_reading_goes_on_behind_a_segment_that_was_deleted_once_it_was_passed(tmp_path: Path) -> None:
+    """A destination may stand at a segment's very end, from before there was a next one."""
+    name, _ = sealed(tmp_path)
+    (tmp_path / segment_name(name, 1)).unlink()
+    ranges, _ = SpoolReader(tmp_path).poll(name, Position(1, 256, ()), 10_000, dead=True)
+    assert ranges[0] == SlotRange(name, 2, 0, 256)
+
+
 def test_a_damaged_page_is_named_and_the_rest_is_delivered(tmp_path: Path) -> None:
     name, points = sealed(tmp_path)
     path = tmp_path / segment_name(name, 2)
