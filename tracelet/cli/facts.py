@@ -98,8 +98,10 @@ class Facts:
         return sum(d.refused for d in self.destinations)
 
 
-def look(entry: store.RunFolder) -> Facts:
+def look(entry: store.RunFolder, *, holds_lock: bool = False) -> Facts:
     """Read a run's folder, from another process than its writers'.
+
+    `holds_lock`: this process has the shipper's lock, which it would lose by asking who has it.
 
     What is delivered and what waits is exact. What was logged is their sum, so it stays right when delivered segments
     are deleted; it counts a param or an artifact that was refused for good as a point. A run that is being written
@@ -135,7 +137,7 @@ def look(entry: store.RunFolder) -> Facts:
         state=_state(manifest, problem, alive, quiet=_quiet(folder, manifest, ended) if elsewhere else NOT_DELIVERED),
         started_unix_nano=min((a.started_unix_nano for a in manifest.attempts), default=0) if manifest else 0,
         alive=alive,
-        shipper_pid=lease.shipper_alive(folder),
+        shipper_pid=None if holds_lock else lease.shipper_alive(folder),
         logged=logged,
         destinations=destinations,
         elsewhere=elsewhere,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -17,8 +16,8 @@ from tracelet.cli.find import UsageError, add_dir, all_runs, chosen, select, sho
 from tracelet.cli.text import age, count, plain, size, table
 from tracelet.settings import Keep
 from tracelet.spool import store
+from tracelet.spool.keep import KeepRule, beyond_keep, delivered_files, release
 from tracelet.spool.lease import ShipperLock
-from tracelet.spool.reader import DELIVERED
 
 __all__ = ["EXAMPLES", "add", "run"]
 
@@ -35,6 +34,7 @@ class Piece:
     facts: Facts
     files: tuple[Path, ...]
     bytes: int
+    whatever: bool = False  # a person has given up what of it is undelivered
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     done = [piece for piece in pieces if piece not in failed]
     _tell(done, found, ids, resolved.keep, dry_run=args.dry_run)
     for piece in failed:
-        print(f"{ids[piece.facts.run_id]}: a shipper has just begun with it; left as it is", file=sys.stderr)
+        print(f"{ids[piece.facts.run_id]}: somebody has just begun with it; left as it is", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -92,27 +92,14 @@ def run(args: argparse.Namespace) -> int:
 def plan(found: Iterable[Facts], keep: Keep, *, now_s: float) -> list[Piece]:
     """What KEEP lets go: whole runs that are over, delivered and quiet; of the others delivered files, oldest first."""
     pieces: list[Piece] = []
-    files: list[tuple[float, int, Path, Facts]] = []
+    others: dict[Path, Facts] = {}
     for facts in found:
         if facts.problem is None and _is_over(facts) and now_s - _quiet_since(facts.folder) > keep.max_age_s:
             pieces.append(Piece(facts, (), _size(facts.folder)))
-            continue
-        for path in _delivered(facts.folder):
-            with contextlib.suppress(FileNotFoundError):  # a shipper keeps to KEEP, too
-                stat = path.stat()
-                files.append((stat.st_mtime, stat.st_size, path, facts))
-    files.sort(key=lambda file: (file[0], file[2].name))
-    left = sum(number_of_bytes for _, number_of_bytes, _, _ in files)
-    gone: dict[Path, list[tuple[int, Path]]] = {}
-    of = {}
-    for modified, number_of_bytes, path, facts in files:
-        if now_s - modified <= keep.max_age_s and left <= keep.max_bytes:
-            break
-        left -= number_of_bytes
-        gone.setdefault(facts.folder, []).append((number_of_bytes, path))
-        of[facts.folder] = facts
-    for folder, some in gone.items():
-        pieces.append(Piece(of[folder], tuple(path for _, path in some), sum(number for number, _ in some)))
+        else:
+            others[facts.folder] = facts
+    for folder, files in beyond_keep(others, KeepRule(keep.max_age_s, keep.max_bytes), now_s=now_s).items():
+        pieces.append(Piece(others[folder], tuple(path for path, _ in files), sum(number for _, number in files)))
     return pieces
 
 
@@ -132,38 +119,42 @@ def _quiet_since(folder: Path) -> float:
     return max((path.stat().st_mtime for path in folder.iterdir()), default=0.0)
 
 
-def _delivered(folder: Path) -> list[Path]:
-    try:
-        return [path for path in (folder / DELIVERED).iterdir() if path.is_file()]
-    except FileNotFoundError:
-        return []
-
-
 def _size(folder: Path) -> int:
-    total = store.usage(folder)
-    for path in _delivered(folder):
-        with contextlib.suppress(FileNotFoundError):
-            total += path.stat().st_size
-    return total
+    return store.usage(folder) + sum(number_of_bytes for _, number_of_bytes, _ in delivered_files(folder))
 
 
 def _delete(piece: Piece) -> bool:
-    """Delete it, unless a shipper or a writer came meanwhile; whether it was."""
+    """Delete it, unless something came meanwhile: a shipper, a writer, a destination; whether it was."""
+    folder = piece.facts.folder
     if piece.files:
-        for path in piece.files:  # delivered everywhere and sealed: nobody but `show` reads them
-            path.unlink(missing_ok=True)
-        return True
-    lock = ShipperLock(piece.facts.folder)
-    if not lock.acquire():
-        return False
+        release(folder, piece.files)
+        return not any(path.exists() for path in piece.files)
+    lock = ShipperLock(folder)
     try:
-        entry = store.RunFolder(piece.facts.run_id, piece.facts.folder, piece.facts.manifest)
-        if look(entry).alive:
+        if not lock.acquire():
             return False
-        store.remove_run(piece.facts.folder)
+        # Nobody can name a destination, or begin with the run, between this look and the deletion.
+        with store.held_manifest(folder):
+            if not _may_still_go(piece):
+                return False
+            store.remove_run(folder)
+    except FileNotFoundError:
+        return not folder.exists()  # somebody else has deleted it
     finally:
         lock.release()
     return True
+
+
+def _may_still_go(piece: Piece) -> bool:
+    before = piece.facts
+    if piece.whatever:
+        entry = store.RunFolder(before.run_id, before.folder, before.manifest, before.problem)
+        return not look(entry, holds_lock=True).alive
+    manifest = store.read_manifest(before.folder)
+    # What another start of the run has put there may be no writer yet.
+    same = [None if one is None else [attempt.key for attempt in one.attempts] for one in (before.manifest, manifest)]
+    entry = store.RunFolder(before.run_id, before.folder, manifest)
+    return same[0] == same[1] and _is_over(look(entry, holds_lock=True))
 
 
 def _tell(pieces: Sequence[Piece], found: Sequence[Facts], ids: dict[str, str], keep: Keep, *, dry_run: bool) -> None:
@@ -235,7 +226,7 @@ def _give_up(facts: Facts, args: argparse.Namespace) -> bool:
         if answer.strip().lower() != "yes":
             print("  not deleted")
             return False
-    if not _delete(Piece(facts, (), 0)):
+    if not _delete(Piece(facts, (), 0, whatever=True)):
         print(f"{name}: a writer or a shipper has just begun with it: not deleted", file=sys.stderr)
         return False
     print("  deleted")

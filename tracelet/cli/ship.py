@@ -182,6 +182,9 @@ class Job:
             if facts.problem is not None or facts.manifest is None:
                 raise SpoolError(facts.problem or f"{facts.folder} has no manifest yet: its program has just begun")
             while True:
+                if self._named is not None:  # before all else: whoever is at work on it takes them up, too
+                    self._destinations_for(facts)
+                    facts = _again(facts)
                 if facts.shipper_pid is not None or self._is_served_elsewhere(facts):
                     watched = self._watch(facts, title)
                     if watched is not None:

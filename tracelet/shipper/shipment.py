@@ -190,7 +190,7 @@ class Shipment:
         if self._upkeep is not None and now - self._upkeep_at >= 1.0:
             self._upkeep_at = now
             with _survived("keep the spool in order"):
-                self._upkeep.round(self._readers(), complete=self._all_started())
+                self._upkeep.round(self._readers())
 
     def _serves(self, identity: str, destination: Mapping[str, Any]) -> bool:
         if self._only is not None:
@@ -245,9 +245,7 @@ class Shipment:
 
     def _delivered(self, lane: str, assembled: Assembled, refused: tuple[Refusal, ...]) -> None:
         if self._upkeep is not None:
-            # A copy may only go if no destination is still to come that would want it.
-            every = [i for i, d in self.site.manifest.destinations.items() if not d.get("in_process")]
-            self._upkeep.delivered(lane, every, assembled, refused)
+            self._upkeep.delivered(lane, assembled, refused)
 
     def _backend_ids(self) -> dict[str, str]:
         lanes = list(self.lanes.values())

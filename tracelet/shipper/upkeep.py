@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Protocol
 
+from tracelet.errors import SpoolError
 from tracelet.exporters.base import Refusal
 from tracelet.records import ArtifactLogged
 from tracelet.shipper.batches import Assembled
 from tracelet.shipper.deadletter import DeadLetters
 from tracelet.shipper.roster import frames_of
 from tracelet.shipper.site import Site
-from tracelet.spool import store
+from tracelet.spool import keep, store
 from tracelet.spool.disk import may_map
 from tracelet.spool.files import SPARES
 from tracelet.spool.reader import Position, SpoolReader
@@ -49,11 +52,8 @@ class Upkeep:
         self._lock = threading.Lock()
         self._spares = may_map(site.folder) and not site.received  # a gateway appends, and would take none
 
-    def round(self, lanes: Sequence[Destination], *, complete: bool) -> None:
-        """Do what is due; what fails (a full disk) is due again at the next round.
-
-        `complete`: the lanes are those of all destinations, so what they have passed is delivered.
-        """
+    def round(self, lanes: Sequence[Destination]) -> None:
+        """Do what is due; what fails (a full disk) is due again at the next round."""
         site = self._site
         positions = [lane.positions for lane in lanes]
         alive = [writer for writer in site.writers if not site.is_over(writer)]
@@ -62,8 +62,17 @@ class Upkeep:
         if not alive:
             self.drop_spares()
         self._seal_all()
-        if complete:
-            store.move_delivered(site.folder, positions)
+        if any(site.folder.glob("*.seal")):
+            with self._known_to_all(lanes) as known:
+                if known:
+                    store.move_delivered(site.folder, positions)
+
+    @contextlib.contextmanager
+    def _known_to_all(self, lanes: Iterable[Destination]) -> Iterator[bool]:
+        """Whether these are all for whom the run is kept; within the block nobody else is named."""
+        with store.held_manifest(self._site.folder):
+            manifest = store.read_manifest(self._site.folder)
+            yield manifest is not None and keep.readers_of(manifest) <= {lane.id for lane in lanes}
 
     def _seal_all(self) -> None:
         if any(self._sealed.get(writer) != -1 for writer in self._site.writers):
@@ -93,10 +102,9 @@ class Upkeep:
 
     # ---- artifacts ------------------------------------------------------------------------------------------------
 
-    def delivered(self, lane: str, lanes: Iterable[str], assembled: Assembled, refused: Iterable[Refusal]) -> None:
+    def delivered(self, lane: str, assembled: Assembled, refused: Iterable[Refusal]) -> None:
         """Delete the copies that the last destination now has; one that a destination refused stays."""
         refused_copies = {str(item.facts.get("stored")) for item in refused if item.what == "artifact"}
-        everybody = set(lanes)
         for part in assembled.batch.parts:
             for record in part.records:
                 if not isinstance(record, ArtifactLogged) or record.stored is None:
@@ -106,25 +114,45 @@ class Upkeep:
                     arrived.add(lane)
                     if record.stored in refused_copies:
                         self._kept.add(record.stored)
-                    complete = arrived >= everybody and record.stored not in self._kept
-                    if complete:
+                    if record.stored not in self._kept and self._drop_copy(record.stored, arrived):
                         del self._arrived[record.stored]
-                if complete:
-                    (self._site.folder / record.stored).unlink(missing_ok=True)
 
-    def finish(self, lanes: Sequence[Destination], keep: store.KeepRule, now_s: float) -> None:
-        """The run is delivered everywhere: what is left goes to delivered/, and from there what `keep` doesn't keep."""
+    def _drop_copy(self, stored: str, arrived: AbstractSet[str]) -> bool:
+        """Delete a copy, unless somebody still wants it, who may have been named since the last look."""
+        site = self._site
+        if not arrived >= _takes_files(site.manifest):
+            return False
+        try:
+            with store.held_manifest(site.folder):
+                manifest = store.read_manifest(site.folder)
+                if manifest is None or not arrived >= _takes_files(manifest):
+                    return False
+                (site.folder / stored).unlink(missing_ok=True)
+                return True
+        except (OSError, SpoolError):  # no reason to hold up the destination: at the end of the run it is tried again
+            return False
+
+    def finish(self, lanes: Sequence[Destination], rule: keep.KeepRule, now_s: float) -> None:
+        """The run is delivered everywhere: what is left goes to delivered/, and from there what `rule` doesn't keep.
+
+        Nothing goes where somebody was named meanwhile.
+        """
         site = self._site
         self.drop_spares()
         refused = self._refused_copies()
-        for writer in site.writers:
-            for record in frames_of(self._reader, writer):
-                if isinstance(record, ArtifactLogged) and record.stored is not None and record.stored not in refused:
-                    (site.folder / record.stored).unlink(missing_ok=True)
         self._seal_all()
-        store.move_delivered(site.folder, [lane.positions for lane in lanes], over=site.writers)
+        with self._known_to_all(lanes) as known:
+            if known:
+                for writer in site.writers:
+                    self._drop_copies(writer, refused)
+                store.move_delivered(site.folder, [lane.positions for lane in lanes], over=site.writers)
         root = site.folder.parent.parent
-        store.retain([run.folder for run in store.list_runs(root)], keep, now_s=now_s)
+        keep.retain([run.folder for run in store.list_runs(root)], rule, now_s=now_s)
+
+    def _drop_copies(self, writer: str, refused: Collection[str]) -> None:
+        for record in frames_of(self._reader, writer):
+            if isinstance(record, ArtifactLogged) and record.stored is not None and record.stored not in refused:
+                (self._site.folder / record.stored).unlink(missing_ok=True)
 
     def _refused_copies(self) -> set[str]:
         """Copies named in a dead letter that waits, by this shipper or one before it."""
@@ -137,6 +165,10 @@ class Upkeep:
         return found
 
 
+def _takes_files(manifest: store.Manifest) -> set[str]:
+    return {identity for identity, one in manifest.destinations.items() if not one.get("in_process")}
+
+
 def _about_to_roll(position: Position | None) -> bool:
     return position is not None and (position.segment > 1 or position.next >= _SPARE_AFTER_SLOTS)
 
@@ -147,9 +179,9 @@ def max_bytes(attempts: Sequence[store.Attempt]) -> int | None:
     return limit if isinstance(limit, int) else None
 
 
-def keep_rule(kept: Mapping[str, object] | None) -> store.KeepRule:
+def keep_rule(kept: Mapping[str, object] | None) -> keep.KeepRule:
     """The rule that an attempt's manifest carries, as `settings.Keep` has it; without one the default."""
-    rule = store.KeepRule()
+    rule = keep.KeepRule()
     if not kept:
         return rule
     seconds, size = kept.get("max_age_s"), kept.get("max_bytes")

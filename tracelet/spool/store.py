@@ -29,16 +29,15 @@ from tracelet.spool.seal import foreign_version, read_seal, seal_name, write_sea
 
 __all__ = [
     "Attempt",
-    "KeepRule",
     "Manifest",
     "RunFolder",
-    "beyond_keep",
+    "held_manifest",
+    "is_behind",
     "list_runs",
     "make_spares",
     "move_delivered",
     "read_manifest",
     "remove_run",
-    "retain",
     "run_folder",
     "seal",
     "update_manifest",
@@ -46,6 +45,7 @@ __all__ = [
 ]
 
 MANIFEST = "manifest.json"
+MANIFEST_LOCK = "manifest.lock"
 COPY = "manifest.copy.json"
 """The same once more: a damaged manifest would leave whole records with nowhere to go, or send them to another run."""
 FORMAT = 1
@@ -278,17 +278,13 @@ def update_manifest(folder: Path, change: Callable[[Manifest | None], Manifest],
         SpoolError: the folder can't be made or written, or has no room, or its manifest can't be read.
     """
     try:
-        if make:
-            make_folder(folder)
-        return _update_manifest(folder, change)
+        return _update_manifest(folder, change, make)
     except OSError as error:
         raise refused(folder, error) from error
 
 
-def _update_manifest(folder: Path, change: Callable[[Manifest | None], Manifest]) -> Manifest:
-    fd = os.open(folder / "manifest.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)  # flock, not lockf: two threads of one process exclude each other too
+def _update_manifest(folder: Path, change: Callable[[Manifest | None], Manifest], make: bool) -> Manifest:
+    with held_manifest(folder, make=make):
         manifest = change(read_manifest(folder))
         fields = _to_json(manifest)
         data = (json.dumps({**fields, _CHECK: _check(fields)}, indent=1) + "\n").encode("ascii")
@@ -296,8 +292,35 @@ def _update_manifest(folder: Path, change: Callable[[Manifest | None], Manifest]
         with contextlib.suppress(OSError):  # an older copy is better than none
             write_whole(folder / COPY, data)
         return manifest
-    finally:
-        os.close(fd)
+
+
+@contextlib.contextmanager
+def held_manifest(folder: Path, *, make: bool = False) -> Iterator[None]:
+    """Within the block nobody changes the manifest: no destination and no attempt comes meanwhile.
+
+    Raises:
+        OSError: there is no such folder (`make`: it can't be made), or it can't be written.
+    """
+    while True:
+        if make:
+            make_folder(folder)
+        path = folder / MANIFEST_LOCK
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)  # flock, not lockf: two threads of one process exclude each other too
+            if _is_at(path, fd):
+                yield
+                return
+        finally:
+            os.close(fd)
+
+
+def _is_at(path: Path, fd: int) -> bool:
+    """Not where who held the lock before has deleted the folder: then it is the lock of nothing."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(fd))
+    except FileNotFoundError:
+        return False
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -457,7 +480,7 @@ def move_delivered(
         writer, _, number = path.stem.partition("-")
         segment = int(number)
         sealed = read_seal(folder, writer, segment)
-        if sealed is None or not all(_behind(where.get(writer), segment, sealed.slots) for where in positions):
+        if sealed is None or not all(is_behind(where.get(writer), segment, sealed.slots) for where in positions):
             continue
         for name in (segment_name(writer, segment), seal_name(writer, segment)):
             _move(folder / name, target, now_s)
@@ -470,7 +493,8 @@ def move_delivered(
     return moved
 
 
-def _behind(position: Position | None, segment: int, slots: int) -> bool:
+def is_behind(position: Position | None, segment: int, slots: int) -> bool:
+    """Whether a destination that stands there has passed all `slots` of a sealed segment. None: it has not begun."""
     if position is None or any(number == segment for number, _ in position.open):
         return False
     return position.segment > segment or (position.segment == segment and position.next >= slots)
@@ -481,42 +505,6 @@ def _move(path: Path, target: Path, now_s: float | None) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.utime(path, (now, now))  # its age counts from its delivery
         os.rename(path, target / path.name)
-
-
-@dataclass(frozen=True, slots=True)
-class KeepRule:
-    """How long and how much of what has been delivered stays readable (TRACELET_KEEP)."""
-
-    seconds: float = 7 * 86400.0
-    bytes: int = 2 * 10**9
-
-
-def beyond_keep(folders: Iterable[Path], rule: KeepRule, *, now_s: float) -> list[tuple[Path, int]]:
-    """What lies in the delivered/ of these folders beyond `rule`, with its bytes, oldest first."""
-    found: list[tuple[float, int, Path]] = []
-    for folder in folders:
-        with contextlib.suppress(FileNotFoundError), os.scandir(folder / DELIVERED) as entries:
-            for entry in entries:
-                with contextlib.suppress(FileNotFoundError):
-                    stat = entry.stat(follow_symlinks=False)
-                    found.append((stat.st_mtime, stat.st_size, Path(entry.path)))
-    found.sort(key=lambda one: (one[0], one[2].name))
-    left = sum(size for _, size, _ in found)
-    beyond: list[tuple[Path, int]] = []
-    for modified, size, path in found:
-        if now_s - modified <= rule.seconds and left <= rule.bytes:
-            break
-        beyond.append((path, size))
-        left -= size
-    return beyond
-
-
-def retain(folders: Iterable[Path], rule: KeepRule, *, now_s: float) -> int:
-    """Delete what `beyond_keep` names; returns the bytes deleted."""
-    beyond = beyond_keep(folders, rule, now_s=now_s)
-    for path, _ in beyond:
-        path.unlink(missing_ok=True)
-    return sum(size for _, size in beyond)
 
 
 def remove_run(folder: Path) -> None:

@@ -6,12 +6,18 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.unit.cli.made import FILE, deliver, make_run
+from tests.unit.cli.made import FILE, MLFLOW, deliver, make_run
+from tracelet.cli import prune
+from tracelet.cli.facts import look
 from tracelet.cli.main import main
+from tracelet.spool import store
 from tracelet.spool.lease import ShipperLock
 
 TRACELET = (sys.executable, "-m", "tracelet")
@@ -66,6 +72,57 @@ def test_refused_items_that_stand_only_here_keep_their_run(spool: Path, capsys: 
     assert main(["prune", "--keep", "0d"]) == 0
     assert folder.exists()
     assert "refused items stand only here" in capsys.readouterr().out
+
+
+def name_another(folder: Path) -> None:
+    """As `tracelet ship --to` does it."""
+
+    def change(manifest: store.Manifest | None) -> store.Manifest:
+        assert manifest is not None
+        (attempt,) = manifest.attempts
+        return manifest.with_attempt(replace(attempt, destinations=(*attempt.destinations, MLFLOW)))
+
+    store.update_manifest(folder, change, make=False)
+
+
+def start_again(folder: Path) -> None:
+    """As a program does it that takes the run up, before it has written anything."""
+
+    def change(manifest: store.Manifest | None) -> store.Manifest:
+        assert manifest is not None
+        return manifest.with_attempt(replace(manifest.attempts[0], key="f" * 16, ended=None))
+
+    store.update_manifest(folder, change, make=False)
+
+
+@pytest.mark.parametrize("what", [name_another, start_again])
+def test_what_comes_between_the_plan_and_the_deletion_keeps_the_run(
+    spool: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: Callable[[Path], None]
+) -> None:
+    folder = make_run(spool)
+    deliver(folder)
+    chosen = prune.plan
+
+    def plan(*arguments: Any, **options: Any) -> list[prune.Piece]:
+        pieces = chosen(*arguments, **options)
+        what(folder)
+        return pieces
+
+    monkeypatch.setattr(prune, "plan", plan)
+    assert main(["prune", "--keep", "0d"]) == 1
+    assert "somebody has just begun with it" in capsys.readouterr().err
+    assert folder.exists()
+
+
+def test_who_holds_the_shippers_lock_does_not_lose_it_by_a_look(spool: Path) -> None:
+    folder = make_run(spool)
+    lock = ShipperLock(folder)
+    assert lock.acquire()
+    assert look(store.RunFolder(folder.parent.name, folder, store.read_manifest(folder)), holds_lock=True).alive == ()
+    code = f"from tracelet.spool.lease import *; from pathlib import Path; print(shipper_alive(Path({str(folder)!r})))"
+    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert asked.stdout.strip() == str(os.getpid())
+    lock.release()
 
 
 def test_delivered_files_beyond_the_size_go_oldest_first(spool: Path) -> None:

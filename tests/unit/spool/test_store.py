@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -21,15 +20,12 @@ from tracelet.spool.reader import Position
 from tracelet.spool.seal import seal_name
 from tracelet.spool.store import (
     Attempt,
-    KeepRule,
     Manifest,
-    beyond_keep,
     list_runs,
     make_spares,
     move_delivered,
     read_manifest,
     remove_run,
-    retain,
     run_folder,
     seal,
     update_manifest,
@@ -252,29 +248,6 @@ def test_frames_of_a_writer_that_has_just_come_are_not_moved_with_those_of_a_run
     assert move_delivered(tmp_path, [{name: Position(5, 0)}], over=[name]) == 4
     assert [path.name[:16] for path in tmp_path.glob("*.frames")] == [newcomer.writer_id]
     assert [path.name[:16] for path in (tmp_path / "delivered").glob("*.frames")] == [name]
-
-
-def test_delivered_files_go_by_age_and_size_oldest_first(tmp_path: Path) -> None:
-    for folder, names in (("a", (1, 3)), ("b", (2, 4))):
-        place = tmp_path / folder / "delivered"
-        place.mkdir(parents=True)
-        for age in names:
-            (place / f"{age}").write_bytes(bytes(100))
-            os.utime(place / f"{age}", (1000 - age, 1000 - age))
-    folders = [tmp_path / "a", tmp_path / "b", tmp_path / "none"]
-
-    def left() -> set[str]:
-        return {path.name for path in tmp_path.glob("*/delivered/*")}
-
-    assert retain(folders, KeepRule(10, 1000), now_s=1000) == 0
-    assert retain(folders, KeepRule(3.5, 1000), now_s=1000) == 100
-    assert left() == {"1", "2", "3"}
-    assert beyond_keep(folders, KeepRule(10, 250), now_s=1000) == [(tmp_path / "a" / "delivered" / "3", 100)]
-    assert left() == {"1", "2", "3"}
-    assert retain(folders, KeepRule(10, 250), now_s=1000) == 100
-    assert left() == {"1", "2"}
-    assert retain(folders, KeepRule(0, 0), now_s=1000) == 200
-    assert left() == set()
 
 
 # ---- who is alive -----------------------------------------------------------------------------------------------
