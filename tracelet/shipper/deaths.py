@@ -112,6 +112,11 @@ class Deaths:
         self._seen_alive: set[str] = set()
         self._exit_codes: dict[str, int] = {}
 
+    @property
+    def by_locks(self) -> bool:
+        """Whether it is the writers' lock files that are asked: none of them is of this process, or of another host."""
+        return self._is_alive is None
+
     def is_dead(self, writer: str) -> bool:
         """The writer's process was gone when last looked at; what it wrote is all there is."""
         return writer in self._dead

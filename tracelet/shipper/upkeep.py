@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
+import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Protocol
@@ -16,7 +17,7 @@ from tracelet.shipper.batches import Assembled
 from tracelet.shipper.deadletter import DeadLetters
 from tracelet.shipper.roster import frames_of
 from tracelet.shipper.site import Site
-from tracelet.spool import keep, store
+from tracelet.spool import keep, leftovers, store
 from tracelet.spool.disk import may_map
 from tracelet.spool.files import SPARES
 from tracelet.spool.reader import Position, SpoolReader
@@ -50,11 +51,15 @@ class Upkeep:
         self._kept: set[str] = set()  # copies of artifacts that some destination refused
         self._arrived: dict[str, set[str]] = {}  # copy -> destinations that have it
         self._lock = threading.Lock()
+        self._swept = False
         self._spares = may_map(site.folder) and not site.received  # a gateway appends, and would take none
 
     def round(self, lanes: Sequence[Destination]) -> None:
         """Do what is due; what fails (a full disk) is due again at the next round."""
         site = self._site
+        if not self._swept:
+            self._swept = True
+            self._sweep()
         positions = [lane.positions for lane in lanes]
         alive = [writer for writer in site.writers if not site.is_over(writer)]
         if self._spares and any(_about_to_roll(where.get(writer)) for where in positions for writer in alive):
@@ -73,6 +78,12 @@ class Upkeep:
         with store.held_manifest(self._site.folder):
             manifest = store.read_manifest(self._site.folder)
             yield manifest is not None and keep.readers_of(manifest) <= {lane.id for lane in lanes}
+
+    def _sweep(self) -> None:
+        """What shippers before this one, and programs, were killed over."""
+        deaths = self._site.deaths
+        if not deaths.from_elsewhere:
+            leftovers.sweep(self._site.folder, now_s=time.time(), ask_locks=deaths.by_locks)
 
     def _seal_all(self) -> None:
         if any(self._sealed.get(writer) != -1 for writer in self._site.writers):
@@ -140,6 +151,7 @@ class Upkeep:
         site = self._site
         self.drop_spares()
         refused = self._refused_copies()
+        self._sweep()
         self._seal_all()
         with self._known_to_all(lanes) as known:
             if known:

@@ -68,6 +68,9 @@ class Journal:
         self._state = State()
         if not self._path.exists():  # whoever takes it away wants everything sent again
             self._copy.unlink(missing_ok=True)
+        for name in os.listdir(folder):  # what a death left of a shorter one; nobody else makes it
+            if name.startswith(f".{self._path.name}."):
+                (folder / name).unlink(missing_ok=True)
         self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._compact_at = _COMPACT_AT
         try:

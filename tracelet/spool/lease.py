@@ -69,6 +69,8 @@ class WriterLock:
         self._fd = os.open(self._hidden, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not self.is_there():  # stopped between the two for so long that it was taken for a dead one's
+                raise FileNotFoundError(errno.ENOENT, "a lock that was just made is gone", str(self._hidden))
         except BaseException:
             self.discard()
             raise
