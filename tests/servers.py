@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sqlite3
+import ssl
 import subprocess
 import sys
 import threading
@@ -245,6 +246,7 @@ class Seen:
     path: str
     headers: dict[str, str]
     body: bytes
+    caller: bytes | None = None  # the certificate that was shown (DER)
     status: int = 0
 
 
@@ -274,8 +276,8 @@ class Proxy:
 
 
 @contextmanager
-def recording_proxy(upstream: str) -> Iterator[Proxy]:
-    """A proxy in front of `upstream`, on a free loopback port, in threads of this process."""
+def recording_proxy(upstream: str, tls: ssl.SSLContext | None = None) -> Iterator[Proxy]:
+    """A proxy in front of `upstream`, on a free loopback port, in threads of this process; with `tls` by https."""
     target = urlsplit(upstream)
 
     class Handler(BaseHTTPRequestHandler):
@@ -284,7 +286,8 @@ def recording_proxy(upstream: str) -> Iterator[Proxy]:
 
         def _handle(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            seen = Seen(self.command, self.path, dict(self.headers), body)
+            caller = self.connection.getpeercert(True) if isinstance(self.connection, ssl.SSLSocket) else None
+            seen = Seen(self.command, self.path, dict(self.headers), body, caller)
             proxy.seen.append(seen)
             spoil = proxy.rule(seen)
             status, content, headers = 502, b"", {}
@@ -320,6 +323,9 @@ def recording_proxy(upstream: str) -> Iterator[Proxy]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     proxy = Proxy(f"http://127.0.0.1:{server.server_address[1]}")
+    if tls is not None:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
+        proxy.uri = f"https://localhost:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     try:

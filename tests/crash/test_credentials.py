@@ -1,7 +1,7 @@
 """Tokens and certificates that are wrong, run out, or change under a run that goes on: nothing is lost in between.
 
 Pattern: as tests/crash/test_network.py, with receivers that look at who is calling; files are replaced as agents do it,
-by a rename. Limit: 20 s of real time for each wait.
+by a rename; MLflow is a real server behind a front that speaks TLS. Limit: 20 s of real time for each wait.
 """
 
 from __future__ import annotations
@@ -17,15 +17,18 @@ from typing import Any
 import grpc
 import pytest
 
-from tests.crash.test_network import Line
+from tests.crash.test_network import Line, MlflowLine
 from tests.otlp_batches import otlp_spec
+from tests.servers import MlflowServer, Spoil, recording_proxy, rows_of
 from tests.sinks import GrpcSink, HttpSink, Received, Say, certificate
 from tracelet.backends import OTLP, Prometheus, to_destination
 from tracelet.cli.reach import check
 from tracelet.exporters.base import Exporter
+from tracelet.exporters.mlflow.exporter import MLflowExporter
 from tracelet.exporters.otlp import OTLPExporter
 from tracelet.exporters.prometheus import PrometheusExporter
 from tracelet.guard import guard
+from tracelet.ids import new_run_id
 
 KINDS = ("http", "grpc", "prometheus")
 
@@ -263,4 +266,116 @@ def test_mutual_tls_lets_in_who_shows_its_certificate_also_a_renewed_one(
         assert line.sink.requests == []
         show(known)
         line.run_until(line.has_all())
+        assert line.letters() == []
+
+
+# ---- MLflow ---------------------------------------------------------------------------------------------------------
+
+
+class SecureMlflow(MlflowLine):
+    """A real MLflow server behind a front that speaks TLS, and can be given another certificate at any time."""
+
+    def __init__(self, folder: Path, server: MlflowServer, stack: ExitStack, tls: Path, **environ: Path) -> None:
+        self.front = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.has(tls)
+        self.proxy = stack.enter_context(recording_proxy(server.uri, self.front))
+        self.environ = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "20", **{name: str(path) for name, path in environ.items()}}
+        super().__init__(folder, server, stack)
+
+    def has(self, tls: Path) -> None:
+        """From now on this certificate, for whoever connects."""
+        self.front.load_cert_chain(tls / "cert.pem", tls / "key.pem")
+
+    def exporter(self, **more: Any) -> Exporter:
+        return MLflowExporter({"tracking_uri": self.proxy.uri}, {}, self.environ)
+
+    def rows(self) -> list[tuple[int, float]]:
+        """What MLflow has stored, repeats included."""
+        return sorted((row.step, row.value) for row in rows_of(self.server, self.lane.memory["run_id"], "loss"))
+
+
+ONCE = [(i, i + 0.5) for i in range(300)]
+
+
+@pytest.mark.parametrize("wrong", ["another authority", "expired", "another name"])
+def test_a_wrong_certificate_before_mlflow_is_said_loudly_and_all_arrives_once_it_is_right(
+    wrong: str,
+    mlflow_server: MlflowServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(guard, "_logged_at", {})
+    first, bad, renewed = tmp_path / "first", tmp_path / "bad", tmp_path / "renewed"
+    for good in (first, renewed):
+        certificate(good)
+    certificate(bad, "elsewhere" if wrong == "another name" else "localhost", expired=wrong == "expired")
+    trusted = tmp_path / "trusted.pem"
+
+    def trust(*folders: Path) -> None:
+        put(trusted, b"".join((folder / "cert.pem").read_bytes() for folder in folders))
+
+    trust(*((first,) if wrong == "another authority" else (first, bad)))
+    with ExitStack() as stack:
+        folder = tmp_path / new_run_id() / "host-boot"
+        line = SecureMlflow(folder, mlflow_server, stack, first, MLFLOW_TRACKING_SERVER_CERT_PATH=trusted)
+        line.log(100)
+        line.run_until(line.has_all(100))
+        assert not any(record.levelname == "WARNING" for record in caplog.records)
+        # In the middle of the run; whoever is connected is cut off.
+        line.has(bad)
+        line.proxy.rule = lambda _: Spoil(forward=False, hang_up=True)
+        for i in range(100, 300):
+            line.writer.log("loss", i + 0.5, i)
+        line.run_until(lambda: len(line.waits) >= 1)
+        before = len(line.proxy.seen)
+        line.run_until(lambda: len(line.waits) >= 4)
+        assert len(line.proxy.seen) == before, "nobody whose certificate is wrong is told anything"
+        assert any("certificate" in r.getMessage().lower() for r in caplog.records if r.levelname == "WARNING")
+        line.proxy.rule = lambda _: Spoil()
+        line.has(renewed)
+        trust(renewed)
+        line.run_until(line.has_all())
+        assert line.rows() == ONCE
+        assert line.letters() == []
+
+
+def test_mutual_tls_before_mlflow_lets_in_who_shows_its_certificate_also_one_renewed_under_way(
+    mlflow_server: MlflowServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(guard, "_logged_at", {})
+    server, known, renewed, strange = (tmp_path / name for name in ("server", "known", "renewed", "strange"))
+    for folder in (server, known, renewed, strange):
+        certificate(folder)
+    mine = tmp_path / "mine.pem"
+
+    def show(folder: Path) -> None:
+        put(mine, (folder / "cert.pem").read_bytes() + (folder / "key.pem").read_bytes())
+
+    def der(folder: Path) -> bytes:
+        return ssl.PEM_cert_to_DER_cert((folder / "cert.pem").read_text())
+
+    show(strange)
+    trust = {"MLFLOW_TRACKING_SERVER_CERT_PATH": server / "cert.pem", "MLFLOW_TRACKING_CLIENT_CERT_PATH": mine}
+    with ExitStack() as stack:
+        line = SecureMlflow(tmp_path / new_run_id() / "host-boot", mlflow_server, stack, server, **trust)
+        line.front.verify_mode = ssl.CERT_REQUIRED
+        line.front.load_verify_locations(known / "cert.pem")
+        line.front.load_verify_locations(renewed / "cert.pem")
+        line.log(100)
+        line.run_until(lambda: len(line.waits) >= 3)
+        assert line.proxy.seen == []
+        said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert any("MLFLOW_TRACKING_CLIENT_CERT_PATH" in words for words in said), line.troubles
+        show(known)
+        line.run_until(line.has_all(100))
+        assert {seen.caller for seen in line.proxy.seen} == {der(known)}
+        show(renewed)
+        arrived = len(line.proxy.seen)
+        line.proxy.rule = lambda seen: Spoil(hang_up=seen is line.proxy.seen[arrived])  # carried out, but no answer
+        for i in range(100, 300):
+            line.writer.log("loss", i + 0.5, i)
+        line.run_until(line.has_all())
+        assert line.proxy.seen[-1].caller == der(renewed)
+        assert line.rows() == ONCE
         assert line.letters() == []

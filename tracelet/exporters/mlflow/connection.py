@@ -30,6 +30,7 @@ __all__ = ["Connection", "Reply", "authorization"]
 # uvicorn, which serves MLflow, closes a connection that was idle for 5 s; a request sent into that close is unclear.
 _IDLE_S = 4.0
 _CHUNK = 1 << 20
+_CLIENT_HINT = "; if it asks for a certificate, name ours in MLFLOW_TRACKING_CLIENT_CERT_PATH, and see that it knows it"
 _DEFAULT_TIMEOUT_S = 120.0  # what MLflow's own client waits (MLFLOW_HTTP_REQUEST_TIMEOUT)
 
 
@@ -59,6 +60,7 @@ class Connection:
         self._headers: dict[str, str] = {}
         self._through_proxy = False
         self._used_at = 0.0
+        self._answered = False  # whether this connection has brought an answer
         self.requests = 0
         self.until: float | None = None
         """Of the monotonic clock: no request begins after it, and none waits longer. None: each has its time-out."""
@@ -107,10 +109,13 @@ class Connection:
             content = answer.read()
         except (OSError, http.client.HTTPException) as error:
             self.close()
-            unclear = Unclear(f"no answer from {self.origin}: {_words(error)}")
+            # By TLS 1.3 a server looks at our certificate when for us the handshake is over: it says no to a request.
+            shown = isinstance(error, ssl.SSLError) and not self._answered
+            unclear = Unclear(f"no answer from {self.origin}: {_words(error)}{_CLIENT_HINT * shown}", loud=shown)
             unclear.may_be_running = isinstance(error, TimeoutError)
             raise unclear from error
         self._used_at = time.monotonic()
+        self._answered = True
         if answer.will_close or answer.status in (401, 403) or answer.status >= 500:
             self.close()  # after a 500 MLflow's server resets the connection without having said so
         if answer.status >= 300:
@@ -146,7 +151,7 @@ class Connection:
                 fresh.close()
                 loud = isinstance(error, ssl.SSLCertVerificationError)
                 raise NotNow(f"can't reach {self.origin}: {_words(error)}{_tls_hint(error)}", loud=loud) from error
-            self._http = fresh
+            self._http, self._answered = fresh, False
         return self._http
 
     def _sieved(self, content: bytes) -> bytes:
