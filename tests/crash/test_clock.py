@@ -1,19 +1,25 @@
-"""Clocks that jump between two attempts of one run: the newest attempt is the one that started last, not latest.
+"""Clocks that jump between two attempts of one run, or stand still in one: the order of starts counts, and every point.
 
 Pattern: real programs whose clock is moved before tracelet is imported; real shippers. Limit: two minutes each.
 """
 
 from __future__ import annotations
 
+import json
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
 from tests.programs import finished
 from tests.servers import MlflowServer, rows_of, run_of
+from tests.shipping import until
+from tests.sinks import HttpSink
 from tests.spooled import read
 from tracelet.records import WriterOpened
 from tracelet.spool import store
+from tracelet.spool.lease import shipper_alive
 
 ATTEMPT = """
 import sys, time
@@ -58,3 +64,71 @@ def test_attempts_are_counted_over_a_restart_of_the_machine_and_other_hosts_that
     assert manifest is not None
     assert [attempt.number for attempt in manifest.attempts] == [4]
     assert [opened.attempt_number for opened in read(mine).of(WriterOpened)] == [4]
+
+
+STANDS_STILL = """
+import math, os, sys, time
+now = time.time_ns()
+time.time_ns = lambda: now
+import tracelet
+if len(sys.argv) == 2:
+    backend = tracelet.Prometheus(sys.argv[1])
+else:
+    out, tracking_uri, endpoint = sys.argv[1:]
+    backend = [tracelet.File(out), tracelet.MLflow(tracking_uri), tracelet.OTLP(endpoint)]
+exp = tracelet.start_logging(exp_name="still", project="clock", run_id="still", backend=backend)
+def log():
+    for i in range(300):
+        exp.log_metric("equal", 1.0, iteration=7)
+        exp.log_metric("nan", math.nan, iteration=7)
+        exp.log_metric("different", float(i), iteration=7)
+        exp.log_metric("alternating", float(i % 2), iteration=i // 10)
+log()
+child = os.fork()
+if child == 0:
+    log()
+    os._exit(0)
+os.waitpid(child, 0)
+exp.stop()
+print(now)
+"""
+LOGGED = Counter(
+    {("equal", "1.0", 7): 600, ("nan", "nan", 7): 600}
+    | {("different", str(float(i)), 7): 2 for i in range(300)}
+    | {("alternating", str(float(value)), step): 10 for value in range(2) for step in range(30)}
+)
+Arrived = tuple[str, float, int, int]
+"""Name, value, iteration, and the time by which the destination tells it from others."""
+
+
+def all_once(points: Iterable[Arrived]) -> bool:
+    """Everything is there, and no two are one to who takes them for one by their times."""
+    points = list(points)
+    times = Counter((name, time) for name, _, _, time in points)
+    return Counter((n, str(v), i) for n, v, i, _ in points) == LOGGED and set(times.values()) == {1}
+
+
+def test_points_of_one_nanosecond_equal_and_different_are_all_there_and_none_twice(
+    tmp_path: Path, mlflow_server: MlflowServer, otlp_sink: HttpSink, clean_environment: Path
+) -> None:
+    out = tmp_path / "out.jsonl"
+    done = finished(tmp_path, STANDS_STILL, out, mlflow_server.uri, otlp_sink.url, limit_s=120)
+    assert done.returncode == 0, done.stderr
+    until(lambda: shipper_alive(store.run_folder(clean_environment, "still")) is None, 60)
+    assert all_once((p.name, p.value, p.iteration, p.time_unix_nano) for p in otlp_sink.points())
+    run = run_of(mlflow_server, "still", project="clock", status="FINISHED", within_s=60)
+    rows = [row for row in rows_of(mlflow_server, run.info.run_id) if not row.key.startswith("system/")]
+    assert all_once((row.key, float("nan") if row.is_nan else row.value, row.step, row.timestamp) for row in rows)
+    assert all_once(points_in(out))
+
+
+def points_in(path: Path) -> Iterable[Arrived]:
+    """The user's points in a file of the file destination."""
+    for line in path.read_text().splitlines():
+        for resource in json.loads(line).get("resourceMetrics", ()):
+            for scope in resource["scopeMetrics"]:
+                for metric in scope["metrics"] if scope["scope"]["name"] == "tracelet" else ():
+                    for point in metric.get("gauge", {}).get("dataPoints", ()):
+                        if not point.get("flags"):
+                            iteration = int(point["attributes"][0]["value"]["intValue"])
+                            yield metric["name"], float(point["asDouble"]), iteration, int(point["timeUnixNano"])
