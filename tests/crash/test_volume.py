@@ -1,6 +1,7 @@
 """Many points without a destination, and many names: nothing lost, memory flat, the spool as large as it says.
 
-Pattern: a real program whose resident memory is read from /proc as it goes. Limit: 60 s a program (10 min in the soak);
+Pattern: a real program whose resident memory, and its shipper's, is read from /proc as it goes; a real receiver and a
+real MLflow, as a server and as a database. Limit: 60 s a program (10 min in the soak), three times that to MLflow;
 1 million points and 10,000 names, with TRACELET_SOAK=1 10 million and 100,000.
 """
 
@@ -8,12 +9,19 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
+from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
+import pytest
+
 from tests.crash.test_disk_full import delivered
+from tests.servers import MlflowServer
 from tests.shipping import until
+from tests.sinks import HttpSink
 from tests.spooled import folder_of
 from tracelet.spool.lease import shipper_alive
 from tracelet.spool.reader import Position, SpoolReader
@@ -58,12 +66,17 @@ NAMED = (
 import json, pathlib, sys, tracelet
 from tracelet.spool.lease import shipper_alive
 count = int(sys.argv[1])
-exp = tracelet.start_logging(exp_name="named", project="p", backend=tracelet.File(sys.argv[2]))
+turns, where = int(sys.argv[2]), sys.argv[3:]
+backend = {
+    1: lambda file: tracelet.File(file),
+    2: lambda otlp, mlflow: [tracelet.OTLP(otlp), tracelet.MLflow(mlflow)],
+}[len(where)](*where)
+exp = tracelet.start_logging(exp_name="named", project="p", backend=backend)
 samples = []
-for turn in range(6):
+for turn in range(turns):
     for i in range(count):
         exp.log_metric(f"metric/{i}", float(turn), iteration=turn)
-    assert exp.flush(300)
+    assert exp.flush(600)
     samples.append([resident(), resident(shipper_alive(exp._run.folder))])
 print(json.dumps([exp.stats.logged, exp.stats.shipped, samples]))
 exp.stop()
@@ -71,9 +84,9 @@ exp.stop()
 )
 
 
-def run(program: str, *arguments: str, cwd: Path) -> list[object]:
+def run(program: str, *arguments: str, cwd: Path, limit_s: float = LIMIT_S) -> list[object]:
     command = [sys.executable, "-c", program, *arguments]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=limit_s, check=False)
     assert done.returncode == 0, done.stderr
     found: list[object] = json.loads(done.stdout)
     return found
@@ -108,7 +121,7 @@ def count(folder: Path) -> int:
 
 def test_very_many_names_arrive_and_memory_stays_where_it_is(tmp_path: Path, clean_environment: Path) -> None:
     out = tmp_path / "out.jsonl"
-    logged, shipped, samples = run(NAMED, str(NAMES), str(out), cwd=tmp_path)
+    logged, shipped, samples = run(NAMED, str(NAMES), "6", str(out), cwd=tmp_path)
     assert logged == shipped == 6 * NAMES
     assert isinstance(samples, list)
     for which in (0, 1):  # training, and the shipper
@@ -117,3 +130,29 @@ def test_very_many_names_arrive_and_memory_stays_where_it_is(tmp_path: Path, cle
     until(lambda: shipper_alive(folder) is None, 60)
     arrived = delivered(out)
     assert len(arrived) == len(set(arrived)) == 6 * NAMES
+
+
+@pytest.mark.parametrize("kind", ["server", "sqlite"])
+def test_very_many_names_are_all_at_an_otlp_receiver_and_in_mlflow_once(
+    tmp_path: Path, clean_environment: Path, otlp_sink: HttpSink, mlflow_server: MlflowServer, kind: str
+) -> None:
+    """One destination is quick, the other slow, and each has to remember every name for the end of its series."""
+    database = tmp_path / "mlflow.db" if kind == "sqlite" else mlflow_server.database
+    address = f"sqlite:///{database}" if kind == "sqlite" else mlflow_server.uri
+    limit_s = 3 * LIMIT_S  # MLflow takes some 100 us a value
+    logged, _, samples = run(NAMED, str(NAMES), "4", otlp_sink.url, address, cwd=tmp_path, limit_s=limit_s)
+    assert logged == 4 * NAMES
+    assert isinstance(samples, list)
+    for which in (0, 1):  # training, and the shipper
+        assert samples[-1][which] - samples[1][which] < 10_000_000 + 200 * NAMES, samples
+    folder = folder_of(clean_environment)
+    until(lambda: shipper_alive(folder) is None, limit_s)
+    assert not list(folder.glob("rejected-*"))
+    expected = Counter((f"metric/{i}", turn) for i in range(NAMES) for turn in range(4))
+    assert Counter((point.name, point.iteration) for point in otlp_sink.points()) == expected
+    with closing(sqlite3.connect(database)) as there:
+        rows = there.execute(
+            "select key, step from metrics where run_uuid = (select run_uuid from tags where value = ?)",
+            [folder.parent.name],
+        )
+        assert Counter(row for row in rows if row[0].startswith("metric/")) == expected
