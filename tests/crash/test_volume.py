@@ -19,16 +19,19 @@ from pathlib import Path
 import pytest
 
 from tests.crash.test_disk_full import delivered
+from tests.programs import said, started
 from tests.servers import MlflowServer
 from tests.shipping import until
 from tests.sinks import HttpSink
 from tests.spooled import folder_of
+from tests.wire import Wire
 from tracelet.spool.lease import shipper_alive
 from tracelet.spool.reader import Position, SpoolReader
 from tracelet.spool.store import usage
 
 SOAK = bool(os.environ.get("TRACELET_SOAK"))
 POINTS = 10_000_000 if SOAK else 1_000_000
+BESIDE_POINTS = 1_000_000 if SOAK else 60_000
 NAMES = 100_000 if SOAK else 10_000
 LIMIT_S = 600 if SOAK else 60
 
@@ -156,3 +159,57 @@ def test_very_many_names_are_all_at_an_otlp_receiver_and_in_mlflow_once(
             [folder.parent.name],
         )
         assert Counter(row for row in rows if row[0].startswith("metric/")) == expected
+
+
+BESIDE = (
+    MEMORY
+    + """
+import json, sys, tracelet
+from tests.shipping import until
+from tracelet.spool.cursor import Progress
+from tracelet.spool.lease import shipper_alive
+out, http, grpc, mlflow, points = sys.argv[1:]
+hanging = [tracelet.OTLP(http, timeout_s=2), tracelet.OTLP(grpc, "grpc", timeout_s=2), tracelet.MLflow(mlflow)]
+backend = [tracelet.File(out), *hanging]
+exp = tracelet.start_logging(exp_name="beside", project="p", backend=backend)
+progress = Progress(exp._run.folder)
+def delivered():
+    progress.refresh()
+    return {one: there.delivered for one, there in progress.destinations.items() if there.delivered}
+logged, samples = 0, []
+for phase in range(8):
+    for i in range(int(points)):
+        exp.log_metric("loss", i / 2, logged)
+        logged += 1
+    until(lambda: logged in delivered().values(), 120)
+    if phase == 1:
+        print("begun", flush=True)
+        sys.stdin.readline()
+    samples.append([resident(), resident(shipper_alive(exp._run.folder))])
+print(json.dumps([exp.stats.logged, exp.stats.refused, list(delivered()), samples]), flush=True)
+sys.stdin.readline()
+"""
+)
+
+
+def test_memory_stays_where_it_is_beside_destinations_that_hang_while_another_is_served(tmp_path: Path) -> None:
+    """They take the connection and never say a word; what waits for them waits on the disk."""
+    with Wire(1) as http, Wire(1) as grpc, Wire(1) as mlflow:
+        wires = (http, grpc, mlflow)
+        for wire in wires:
+            wire.spoil("hanging")
+        at = [f"http://127.0.0.1:{wire.port}" for wire in wires]
+        with started(
+            tmp_path, BESIDE, tmp_path / "out.jsonl", *at, BESIDE_POINTS, MLFLOW_HTTP_REQUEST_TIMEOUT="2"
+        ) as program:
+            assert said(program) == "begun"
+            # Given up and asked again, more than once; gRPC alone holds on to its connection over that.
+            until(lambda: min(http.connections, mlflow.connections) > 3 and grpc.connections, 60)
+            assert program.stdin is not None
+            program.stdin.write("\n")
+            program.stdin.flush()
+            logged, refused, served, samples = json.loads(said(program))
+            assert (logged, refused) == (8 * BESIDE_POINTS, 0)
+            assert [one.partition("-")[0] for one in served] == ["file"]
+            for which in (0, 1):  # training, and the shipper
+                assert samples[-1][which] - samples[2][which] < 6_000_000, samples
