@@ -16,14 +16,16 @@ from urllib.parse import urlsplit
 
 from tracelet.backends import without_credentials
 from tracelet.exporters.artifact_names import EVENT_HEADER, WHY_HEADER, event_mark, gateway_uri, plain_name
-from tracelet.exporters.artifact_store import TOKEN, TOKEN_FILE, NeverTaken, Waiting
+from tracelet.exporters.artifact_place import NeverTaken, Waiting
 from tracelet.exporters.original import Original
 from tracelet.exporters.otlp_wire import WIRE_HEADER, said, suppressed
 from tracelet.exporters.retry_after import retry_after
 from tracelet.sieve import Sieve
 
-__all__ = ["GatewayPlace"]
+__all__ = ["TOKEN", "TOKEN_FILE", "GatewayPlace"]
 
+TOKEN = "TRACELET_ARTIFACT_TOKEN"
+TOKEN_FILE = "TRACELET_ARTIFACT_TOKEN_FILE"
 _PIECE = 8 << 20
 _READ = 1 << 18
 _TIMEOUT_S = (10.0, 600.0)  # the last piece is answered when the gateway has read and flushed the whole
@@ -43,7 +45,7 @@ class GatewayPlace:
         return gateway_uri(sha256)
 
     def put(self, run_id: str, sha256: str, path: str, original: Original) -> None:
-        """See `artifact_store.Place`."""
+        """See `artifact_place.Place`."""
         address = f"{self._base}/{plain_name(run_id)}/{sha256}"
         event = {EVENT_HEADER: event_mark(original.logged_unix_nano, path)}
         offset, is_complete = self._offset(address, event)

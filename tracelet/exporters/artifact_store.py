@@ -13,52 +13,19 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 from tracelet.backends import without_credentials
 from tracelet.errors import ConfigError
 from tracelet.exporters.artifact_names import store_path
+from tracelet.exporters.artifact_place import Place, Waiting
 from tracelet.exporters.original import CHUNK, Original, umask
 
-__all__ = ["GATEWAY", "STORE", "TOKEN", "TOKEN_FILE", "Place", "Waiting", "place_for", "where_artifacts_go"]
+__all__ = ["GATEWAY", "STORE", "place_for", "where_artifacts_go"]
 
 STORE = "TRACELET_ARTIFACT_STORE"
 GATEWAY = "TRACELET_ARTIFACT_GATEWAY"
-TOKEN = "TRACELET_ARTIFACT_TOKEN"
-TOKEN_FILE = "TRACELET_ARTIFACT_TOKEN_FILE"
-
-
-class Waiting(Exception):
-    """The bytes are not there yet; later they may be."""
-
-    def __init__(self, reason: str, after_s: float | None = None, *, loud: bool = False) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.after_s = after_s
-        self.loud = loud
-
-
-class NeverTaken(Exception):
-    """The other side will not take these bytes, whatever we do (they are too large for it)."""
-
-
-class Place(Protocol):
-    """Where bytes go."""
-
-    def uri(self, run_id: str, sha256: str, path: str) -> str:
-        """The address that the event will carry; known before anything is sent."""
-        ...
-
-    def put(self, run_id: str, sha256: str, path: str, original: Original) -> None:
-        """Return once the bytes are there, whole and for good.
-
-        Raises:
-            Waiting: not now.
-            NeverTaken: never.
-            Changed: the file is not what was logged.
-        """
-        ...
 
 
 def place_for(environ: Mapping[str, str]) -> Place | None:

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from tracelet.exporters.artifact_store import GATEWAY, STORE, NeverTaken, Place, Waiting
+from tracelet.exporters.artifact_place import NeverTaken, Place, Waiting
+from tracelet.exporters.artifact_store import GATEWAY, STORE
 from tracelet.exporters.base import Refusal
 from tracelet.exporters.original import Changed, Original, place_of
 from tracelet.exporters.otlp_wire import Reply

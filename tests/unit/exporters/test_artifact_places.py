@@ -17,7 +17,8 @@ import pytest
 from tests.otlp_batches import RUN, START, batch, otlp_spec
 from tests.sinks import HttpSink, attributes, certificate
 from tracelet.errors import ConfigError
-from tracelet.exporters.artifact_store import Waiting, place_for, where_artifacts_go
+from tracelet.exporters.artifact_place import Waiting
+from tracelet.exporters.artifact_store import place_for, where_artifacts_go
 from tracelet.exporters.base import Delivered, Rejected, RetryLater
 from tracelet.exporters.original import Original
 from tracelet.exporters.otlp import OTLPExporter

@@ -19,7 +19,7 @@ from starlette.applications import Starlette
 
 from tracelet.exporters.artifact_gateway import GatewayPlace
 from tracelet.exporters.artifact_names import held_at
-from tracelet.exporters.artifact_store import NeverTaken, Waiting
+from tracelet.exporters.artifact_place import NeverTaken, Waiting
 from tracelet.exporters.original import Changed, Original
 from tracelet.gateway.artifacts import Artifacts
 from tracelet.gateway.callers import Caller
