@@ -109,9 +109,10 @@ class Connection:
             content = answer.read()
         except (OSError, http.client.HTTPException) as error:
             self.close()
-            # By TLS 1.3 a server looks at our certificate when for us the handshake is over: it says no to a request.
-            shown = isinstance(error, ssl.SSLError) and not self._answered
-            unclear = Unclear(f"no answer from {self.origin}: {_words(error)}{_CLIENT_HINT * shown}", loud=shown)
+            # By TLS 1.3 a server looks at our certificate when for us the handshake is over: it hangs up on a request.
+            unknown = self._parts.scheme == "https" and not self._answered and not isinstance(error, TimeoutError)
+            hint = _CLIENT_HINT if unknown else ""
+            unclear = Unclear(f"no answer from {self.origin}: {_words(error)}{hint}", loud=unknown)
             unclear.may_be_running = isinstance(error, TimeoutError)
             raise unclear from error
         self._used_at = time.monotonic()
