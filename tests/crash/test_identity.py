@@ -15,8 +15,11 @@ from typing import Any
 import pytest
 
 from tests import launches
+from tests.crash.clocks import other_clocks
 from tests.programs import written
 from tests.servers import MlflowServer, rows_of, run_of
+from tests.shipping import until
+from tests.sinks import HttpSink
 from tests.spooled import folder_of, read
 from tracelet.records import RunStarted, WriterEnded, WriterOpened
 from tracelet.spool import store
@@ -210,3 +213,42 @@ def test_a_launch_is_one_run_in_mlflow_whose_end_is_that_of_rank_0(
     assert len(rows_of(mlflow_server, run.info.run_id, "loss")) == 500
     found = mlflow_server.ask("runs/search", {"experiment_ids": [run.info.experiment_id], "max_results": 100})
     assert [one["info"]["run_name"] for one in found["runs"]].count(name) == 1
+
+
+LATE = """
+import os, pathlib, sys, time, tracelet
+over = pathlib.Path("over")
+rank = int(os.environ["RANK"])
+if rank == 0 and "never" in sys.argv:
+    sys.exit(0)
+while rank == 0 and not over.exists():  # reads its data for longer than the others are at work
+    time.sleep(0.01)
+exp = tracelet.start_logging(exp_name="late", project="identity")
+for step in range(100):
+    exp.log_metric("loss", step, iteration=step)
+if rank == int("never" in sys.argv):
+    print(exp.id, flush=True)
+exp.stop("FAILED" if rank == 0 else "FINISHED")
+if rank == 1:
+    over.touch()
+"""
+
+
+def test_a_rank_0_that_starts_when_all_others_are_over_still_gives_the_run_its_end(
+    tmp_path: Path, otlp_sink: HttpSink
+) -> None:
+    command = [sys.executable, str(written(tmp_path, LATE))]
+    launcher = launches.start(tmp_path, command, launches.torchrun(2), OTEL_EXPORTER_OTLP_ENDPOINT=otlp_sink.url)
+    run_id = launches.done(launcher).strip()
+    until(lambda: bool(otlp_sink.ends(run_id)), 60.0)
+    assert otlp_sink.ends(run_id) == ["FAILED"]
+    assert [point.iteration for point in otlp_sink.points(run_id)] == list(range(100))
+
+
+def test_a_launch_whose_rank_0_never_begins_ends_all_the_same(tmp_path: Path, otlp_sink: HttpSink) -> None:
+    command = [sys.executable, str(written(tmp_path, LATE)), "never"]
+    clocks = other_clocks(tmp_path / "clocks", faster=10)
+    workers = launches.torchrun(2)
+    launcher = launches.start(tmp_path, command, workers, OTEL_EXPORTER_OTLP_ENDPOINT=otlp_sink.url, **clocks)
+    run_id = launches.done(launcher).strip()
+    until(lambda: otlp_sink.ends(run_id) == ["FINISHED"], 60.0)

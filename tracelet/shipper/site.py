@@ -36,6 +36,10 @@ REAP_WAIT_S = 1.0
 HOLLOW_AFTER_S = 30.0
 """An attempt in the manifest that never opened a file by then never will."""
 
+FIRST_RANK_WAIT_S = 10.0
+"""How long the end of a launch waits for a rank 0 that has written nothing yet, once all others are over: less than
+`stop()` waits in a job without progress, for it may be the last of those others that waits for the end."""
+
 _RESCAN_S = 5.0
 
 
@@ -252,6 +256,8 @@ class Site:
         firsts = [w for w in self.roster.writers_of(attempt.key) if self.roster.opened[w].role == "first"]
         if not all(self.is_over(writer) for writer in firsts or [first]):
             return
+        if self._waits_for_rank_0(attempt, firsts, now):
+            return
         ended = self.roster.ended.get(first)
         if self._waits_for_exit(attempt.key, first, ended, now):
             return
@@ -261,6 +267,20 @@ class Site:
         verdict = decide(ended, exit_code=self.deaths.exit_code(first) if dead else None, gone_unix_nano=gone)
         self.decided[attempt.key] = Decided(self._settle(attempt, verdict), now)
         logger.info("attempt %s of run %s is over: %s", attempt.key, self.run.run_id, verdict.status)
+
+    def _waits_for_rank_0(self, attempt: Attempt, firsts: list[str], now: float) -> bool:
+        """Whether the rank whose end is the run's may only just start, where others had little to do and are over.
+
+        Not where nobody was seen at work: who ships what was left long ago waits for nobody.
+        """
+        launch = attempt.extra.get("launch", {})
+        expected = launch.get("all_here") or "0" in launch.get("ranks", {})
+        if not expected or any(self.roster.opened[writer].rank == 0 for writer in firsts):
+            return False
+        recent = self._clock.time_ns() - attempt.started_unix_nano < FIRST_RANK_WAIT_S * 1e9
+        if not recent and not any(self.deaths.was_seen_alive(writer) for writer in firsts):
+            return False
+        return now - self._end_seen.setdefault(f"{attempt.key} rank 0", now) < FIRST_RANK_WAIT_S
 
     def _waits_for_exit(self, key: str, first: str, ended: WriterEnded | None, now: float) -> bool:
         """An END of an interpreter on its way out: wait for its exit code, while there is a process to ask."""

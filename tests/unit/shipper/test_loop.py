@@ -27,9 +27,10 @@ from tracelet.shipper.deadletter import DeadLetters
 from tracelet.shipper.deaths import Deaths
 from tracelet.shipper.loop import Lane
 from tracelet.shipper.retry import BackOff
-from tracelet.shipper.site import Site
+from tracelet.shipper.site import FIRST_RANK_WAIT_S, Site
 from tracelet.spool import store
 from tracelet.spool.cursor import Journal
+from tracelet.spool.writer import Writer
 from tracelet.testing import Delivered, InMemoryExporter, ManualClock, MemoryStore, Refusal, Rejected, RetryLater
 
 
@@ -508,11 +509,8 @@ def test_only_the_newest_attempt_may_set_the_run_status(bench: Bench) -> None:
     assert [(ended.status, ended.newest) for ended in exporter.store.ends()] == [("FAILED", False), ("FINISHED", True)]
 
 
-@pytest.mark.parametrize(("rank", "all_here", "speaks"), [(0, False, True), (2, True, True), (2, False, False)])
-def test_ranks_beside_rank_0_of_another_machine_set_no_status(
-    bench: Bench, rank: int, all_here: bool, speaks: bool
-) -> None:
-    exporter = InMemoryExporter()
+def launch(bench: Bench, *ranks: int, all_here: bool) -> list[Writer]:
+    """The first writers of these ranks of a launch, which the bench's attempt becomes."""
     extra = {"launch": {"world": 4, "restarts": [0], "all_here": all_here, "ranks": {}}}
 
     def put(manifest: store.Manifest | None) -> store.Manifest:
@@ -521,14 +519,49 @@ def test_ranks_beside_rank_0_of_another_machine_set_no_status(
         return manifest.with_attempt(dataclasses.replace(attempt, extra=extra))
 
     store.update_manifest(bench.folder, put)
+    return [rank_of(bench, rank) for rank in ranks]
+
+
+def rank_of(bench: Bench, rank: int) -> Writer:
     key, started = bench.attempt.key, bench.attempt.started_unix_nano
-    opened = WriterOpened(started, "first", os.getpid(), rank, key, started, {})
-    writer = open_writer(bench.folder, bench.attempt, opened=opened)
+    writer = open_writer(
+        bench.folder, bench.attempt, opened=WriterOpened(started, "first", os.getpid(), rank, key, started, {})
+    )
     start(writer)
+    return writer
+
+
+@pytest.mark.parametrize(("rank", "all_here", "speaks"), [(0, False, True), (2, True, True), (2, False, False)])
+def test_ranks_beside_rank_0_of_another_machine_set_no_status(
+    bench: Bench, rank: int, all_here: bool, speaks: bool
+) -> None:
+    exporter = InMemoryExporter()
+    (writer,) = launch(bench, rank, all_here=all_here)
     end(writer, "FINISHED")
     lane = bench.lane(exporter)
     bench.settle(lane)
+    bench.clock.advance(FIRST_RANK_WAIT_S)
+    bench.settle(lane)
     assert [ended.newest for ended in exporter.store.ends()] == [speaks]
+
+
+def test_the_end_waits_for_a_rank_0_that_has_not_begun_and_not_for_good(bench: Bench) -> None:
+    exporter = InMemoryExporter()
+    (other,) = launch(bench, 1, all_here=True)
+    end(other, "FINISHED")
+    lane = bench.lane(exporter)
+    bench.settle(lane)
+    bench.clock.advance(FIRST_RANK_WAIT_S - 1.0)
+    bench.settle(lane)
+    assert exporter.store.ends() == []
+    first = rank_of(bench, 0)
+    bench.settle(lane)
+    bench.clock.advance(2.0)
+    bench.settle(lane)
+    assert exporter.store.ends() == []
+    end(first, "FAILED")
+    bench.settle(lane)
+    assert [ended.status for ended in exporter.store.ends()] == ["FAILED"]
 
 
 # ---- damage ---------------------------------------------------------------------------------------------------------
