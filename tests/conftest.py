@@ -17,7 +17,20 @@ if TYPE_CHECKING:
     from tests.servers import MlflowServer
     from tests.sinks import HttpSink
 
-PREFIXES = ("TRACELET_", "OTEL_", "MLFLOW_", "SLURM_", "PBS_", "LSB_", "TORCHELASTIC_", "RAY_")
+PREFIXES = (
+    "TRACELET_",
+    "OTEL_",
+    "MLFLOW_",
+    "SLURM_",
+    "PBS_",
+    "LSB_",
+    "TORCHELASTIC_",
+    "RAY_",
+    "OMPI_",
+    "PMIX_",
+    "PMI_",
+    "MPI_LOCAL",
+)
 NAMES = (
     "TRACEPARENT",
     "TRACESTATE",

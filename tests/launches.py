@@ -1,7 +1,8 @@
 """What launchers set in the processes they start, as recorded from them, and a launcher for tests that does it.
 
-torchrun: `LocalElasticAgent._start_workers` of torch.distributed.elastic. srun: srun(1), output environment variables;
-sbatch: sbatch(1). Ray Train: its torch backend's worker variables. None of these programs runs here.
+torchrun: `LocalElasticAgent._start_workers` of torch.distributed.elastic. Ray Train: its torch backend's worker
+variables. Neither runs here. srun and sbatch, mpirun of OpenMPI and MPICH: seen in SLURM 22.05, OpenMPI 4.1 and MPICH
+4.0, and held by tests/crash/test_slurm.py and tests/crash/test_mpirun.py, where they run.
 """
 
 from __future__ import annotations
@@ -71,18 +72,49 @@ def batch(*, job: str = "4711", tasks: int = 4, restarts: int | None = None) -> 
 
 
 def srun(tasks: int, *, job: str = "4711", step: int = 0, nodes: int = 1, restarts: int | None = None) -> Environs:
-    """The tasks of one step."""
+    """The tasks of one step, as many on each node."""
+    here = tasks // nodes
     return [
         {
-            **batch(job=job, restarts=restarts),
+            **batch(job=job, tasks=tasks, restarts=restarts),
+            "SLURM_NNODES": str(nodes),
             "SLURM_STEP_ID": str(step),
             "SLURM_STEPID": str(step),
             "SLURM_STEP_NUM_TASKS": str(tasks),
             "SLURM_STEP_NUM_NODES": str(nodes),
             "SLURM_PROCID": str(task),
-            "SLURM_LOCALID": str(task),
+            "SLURM_LOCALID": str(task % here),
+            "SLURM_NODEID": str(task // here),
         }
         for task in range(tasks)
+    ]
+
+
+def mpirun(world: int, *, hydra: bool = False, job: str = "428408833", here: int = 0) -> Environs:
+    """The ranks of one launch by OpenMPI's mpirun, or by Hydra's; `here` of them on each machine."""
+    local = here or world
+    if hydra:
+        return [
+            {
+                "PMI_RANK": str(rank),
+                "PMI_SIZE": str(world),
+                "PMI_FD": str(6 + 2 * (rank % local)),
+                "MPI_LOCALNRANKS": str(local),
+                "MPI_LOCALRANKID": str(rank % local),
+            }
+            for rank in range(world)
+        ]
+    return [
+        {
+            "OMPI_COMM_WORLD_RANK": str(rank),
+            "OMPI_COMM_WORLD_SIZE": str(world),
+            "OMPI_COMM_WORLD_LOCAL_RANK": str(rank % local),
+            "OMPI_COMM_WORLD_LOCAL_SIZE": str(local),
+            "PMIX_NAMESPACE": job,
+            "PMIX_RANK": str(rank),
+            "OMPI_MCA_orte_hnp_uri": f"{int(job) - 1}.0;tcp://10.0.0.1:36657",
+        }
+        for rank in range(world)
     ]
 
 

@@ -5,12 +5,16 @@ Variables are taken as the launchers set them:
 * torchrun (torch.distributed.elastic, `LocalElasticAgent._start_workers`), and whatever else speaks its language (Ray
   Train, DeepSpeed, Accelerate, a shell loop): `RANK` and `WORLD_SIZE`, with `MASTER_ADDR`, `MASTER_PORT`, and from
   torchrun `LOCAL_WORLD_SIZE`, `TORCHELASTIC_RUN_ID` and `TORCHELASTIC_RESTART_COUNT`;
+* mpirun of OpenMPI: `OMPI_COMM_WORLD_RANK` and `OMPI_COMM_WORLD_SIZE`, with `OMPI_COMM_WORLD_LOCAL_SIZE` and the names
+  that its daemons have for the launch; mpirun of MPICH and what is made of it (Hydra): `PMI_RANK` and `PMI_SIZE`, which
+  `srun --mpi=pmi2` sets as well, with `MPI_LOCALNRANKS`, which only Hydra sets;
 * srun (srun(1), output environment variables): `SLURM_PROCID` and `SLURM_STEP_NUM_TASKS`, with the ids of cluster, job
-  and step. Never `SLURM_NTASKS`, which every shell of `salloc` has, nor what a batch script has of its own.
+  and step. Never `SLURM_NTASKS`, which every shell of `salloc` has, nor what a batch script has of its own. Not beside
+  mpirun's: in a job over several nodes mpirun starts a daemon on each by srun, and srun's numbers are the daemons'.
 
 None of them tells two launches apart by itself: `--rdzv-id=100` and port 29500 are in everybody's scripts, Ray counts
-its jobs from 1 in each cluster, a step is numbered within its job. So all there is goes into the launch's identity, and
-where all its processes are on this machine, the process that launched them too.
+its jobs from 1 in each cluster, a step is numbered within its job, Hydra has no name for a launch. So all there is goes
+into the launch's identity, and where all its processes are on this machine, the process that launched them too.
 """
 
 from __future__ import annotations
@@ -24,6 +28,9 @@ __all__ = ["Launch", "launcher_process", "read"]
 
 _HERE = frozenset({"localhost", "127.0.0.1", "::1"})
 _OF_ONE_RANK = ("RANK", "WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
+_OF_ONE_MPI_RANK = ("OMPI_COMM_WORLD_RANK", "PMIX_NAMESPACE", "PMI_RANK", "PMI_SIZE")
+
+Mark = Mapping[str, str | None]  # variables that set a rank apart, None: it hasn't got this one
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +44,11 @@ class Launch:
     all_here: bool  # every process of it runs on this machine
 
 
-def read(environ: Mapping[str, str], launcher: Callable[[Mapping[str, str]], str | None]) -> Launch | None:
+def read(environ: Mapping[str, str], launcher: Callable[[Mark], str | None]) -> Launch | None:
     """The launch this process belongs to; None for a process by itself, or where the variables make no sense.
 
-    `launcher` names the process that launched this one, if it can be known; asked only for a launch on one machine.
+    `launcher` names the process that launched this one, if it can be known, by what this rank alone has; asked only for
+    a launch on one machine.
     """
     # In a step every process has them; beside one, a batch script has some that its ranks on other nodes don't.
     names = ("SLURM_CLUSTER_NAME", "SLURM_JOB_ID", "SLURM_STEP_ID") if environ.get("SLURM_STEP_ID") else ()
@@ -48,21 +56,56 @@ def read(environ: Mapping[str, str], launcher: Callable[[Mapping[str, str]], str
     requeued = _number(environ, "SLURM_RESTART_COUNT") or 0
     place = _place(environ, "RANK", "WORLD_SIZE")
     if place is None:
+        if _by_mpirun(environ):
+            return _mpirun(environ, launcher, job, requeued)
         place = _place(environ, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
         if place is None:
             return None
         all_here = _number(environ, "SLURM_STEP_NUM_NODES") == 1
         return Launch(*place, ("srun", *job), (requeued,), all_here)
     elastic = environ.get("TORCHELASTIC_RUN_ID")
+    if elastic is None and _by_mpirun(environ):
+        launch = _mpirun(environ, launcher, job, requeued)
+        if launch is not None and place == (launch.rank, launch.world):
+            return launch  # RANK was set from mpirun's number, as torch's scripts do, and mpirun says more
     master = (environ.get("MASTER_ADDR", ""), environ.get("MASTER_PORT", ""))
     all_here = _number(environ, "LOCAL_WORLD_SIZE") == place[1] or master[0] in _HERE
-    by = launcher(environ) if all_here else None
+    by = launcher({name: environ.get(name) for name in _OF_ONE_RANK}) if all_here else None
     kind = "ray" if environ.get("RAY_JOB_ID") else "env" if elastic is None else "torchrun"
     what = environ.get("RAY_JOB_ID", "") if elastic is None else elastic
     if elastic is not None and by is not None:
         master = ("", "")  # its port may change at each restart, and the agent's process says more
     identity = (kind, *job, what, *master, by or "")
     return Launch(*place, identity, (requeued, _number(environ, "TORCHELASTIC_RESTART_COUNT") or 0), all_here)
+
+
+def _by_mpirun(environ: Mapping[str, str]) -> bool:
+    return "OMPI_COMM_WORLD_SIZE" in environ or ("PMI_SIZE" in environ and "MPI_LOCALNRANKS" in environ)
+
+
+def _mpirun(
+    environ: Mapping[str, str],
+    launcher: Callable[[Mark], str | None],
+    job: tuple[str, ...],
+    requeued: int,
+) -> Launch | None:
+    """The launch by mpirun; None also where nothing tells it from the next one, which would merge the two."""
+    openmpi = "OMPI_COMM_WORLD_SIZE" in environ
+    names = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE") if openmpi else ("PMI_RANK", "PMI_SIZE")
+    place = _place(environ, *names)
+    if place is None:
+        return None
+    all_here = _number(environ, "OMPI_COMM_WORLD_LOCAL_SIZE" if openmpi else "MPI_LOCALNRANKS") == place[1]
+    by = launcher({name: environ.get(name) for name in _OF_ONE_MPI_RANK}) if all_here else None
+    if openmpi:
+        # Not the job: the ranks beside mpirun have no step, those on other nodes have their daemons'.
+        called = tuple(environ.get(name, "") for name in ("PMIX_NAMESPACE", "OMPI_MCA_orte_hnp_uri"))
+        return Launch(*place, ("openmpi", *called, by or ""), (0,), all_here) if by or any(called) else None
+    if by is not None:
+        return Launch(*place, ("hydra", by), (0,), all_here)
+    if job and _place(environ, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS") is not None:
+        return Launch(*place, ("hydra", *job), (requeued,), all_here)  # srun started its daemons, on every node
+    return None
 
 
 def _place(environ: Mapping[str, str], rank_name: str, world_name: str) -> tuple[int, int] | None:
@@ -75,7 +118,7 @@ def _number(environ: Mapping[str, str], name: str) -> int | None:
     return int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else None
 
 
-def launcher_process(environ: Mapping[str, str], proc: Path = Path("/proc")) -> str | None:
+def launcher_process(mine: Mark, proc: Path = Path("/proc")) -> str | None:
     """The process that launched this rank: its pid and when it started, in this boot of this machine. None: unknown.
 
     It is the nearest process above that is not of this rank itself, as a wrapper script is: all ranks of a launch on
@@ -84,20 +127,20 @@ def launcher_process(environ: Mapping[str, str], proc: Path = Path("/proc")) -> 
     try:
         boot = (proc / "sys/kernel/random/boot_id").read_text().strip()
         pid = os.getppid()
-        while pid > 1 and _same_rank(proc / str(pid), environ):
+        while pid > 1 and _same_rank(proc / str(pid), mine):
             pid = int(_stat(proc / str(pid))[1])
         return f"{boot}/{pid}/{_stat(proc / str(pid))[19]}"
     except (OSError, ValueError, IndexError):
         return None  # no /proc (macOS), or a parent that has just gone
 
 
-def _same_rank(process: Path, environ: Mapping[str, str]) -> bool:
+def _same_rank(process: Path, mine: Mark) -> bool:
     try:
         words = (process / "environ").read_bytes().split(b"\0")
     except PermissionError:
         return False  # another user's: no wrapper of ours
     theirs = dict(word.decode("utf-8", "surrogateescape").partition("=")[::2] for word in words)
-    return all(theirs.get(name) == environ.get(name) for name in _OF_ONE_RANK)
+    return all(theirs.get(name) == value for name, value in mine.items())
 
 
 def _stat(process: Path) -> list[str]:

@@ -23,6 +23,24 @@ def launch_of(environ: Mapping[str, str], by: str | None = None) -> Launch | Non
         launches.srun(4),
         launches.srun(4, nodes=2),
         launches.ray(4),
+        launches.mpirun(4),
+        launches.mpirun(4, here=2),
+        launches.mpirun(4, hydra=True),
+        # over the nodes of a job mpirun has a daemon on each, which srun has started, or not where mpirun itself is
+        [
+            {**srun, **rank}
+            for srun, rank in zip([{}, {}, *2 * launches.srun(1)], launches.mpirun(4, here=2), strict=True)
+        ],
+        [
+            {**srun, **rank}
+            for srun, rank in zip(
+                [one for one in launches.srun(2, nodes=2) for _ in range(2)],
+                launches.mpirun(4, hydra=True, here=2),
+                strict=True,
+            )
+        ],
+        # RANK set from mpirun's number, by a program that torch is to find its ranks in
+        [{"RANK": str(rank), "WORLD_SIZE": "4", **one} for rank, one in enumerate(launches.mpirun(4, here=2))],
     ],
 )
 def test_the_processes_of_one_launch_know_the_same_and_each_its_rank(workers: launches.Environs) -> None:
@@ -46,7 +64,13 @@ def test_the_processes_of_one_launch_know_the_same_and_each_its_rank(workers: la
         {"RANK": "", "WORLD_SIZE": "4"},
         {"LOCAL_RANK": "1", "WORLD_SIZE": "4"},
         {"SLURM_PROCID": "1", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "1"},
-        {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"},
+        {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"},  # of no launch that has a name
+        launches.mpirun(1)[0],
+        {**launches.srun(2, nodes=2)[1], **launches.mpirun(1)[0]},  # srun's numbers are those of mpirun's daemons
+        # Hydra over several machines by ssh: no name of the launch, no process that all its ranks have above them
+        launches.mpirun(4, hydra=True, here=2)[0],
+        {**launches.srun(1)[0], **launches.mpirun(4, hydra=True, here=2)[0]},  # in a shell by `srun --pty`
+        {"PMI_RANK": "1", "PMI_SIZE": "4"},
     ],
 )
 def test_a_process_by_itself_is_no_part_of_a_launch(environ: Mapping[str, str]) -> None:
@@ -71,6 +95,10 @@ def test_a_process_by_itself_is_no_part_of_a_launch(environ: Mapping[str, str]) 
         (launches.ray(2, address="10.0.0.1"), None, launches.ray(2, address="10.0.0.2"), None),
         (launches.ray(2), "boot/10/1", launches.ray(2), "boot/11/2"),
         (launches.ray(2, port=40001), "boot/10/1", launches.ray(2, port=40002), "boot/10/1"),
+        # mpirun counts its launches by its pid, each machine for itself
+        (launches.mpirun(2), "boot/10/1", launches.mpirun(2), "boot/11/2"),
+        (launches.mpirun(4, here=2, job="100"), None, launches.mpirun(4, here=2, job="200"), None),
+        (launches.mpirun(2, hydra=True), "boot/10/1", launches.mpirun(2, hydra=True), "boot/11/2"),
     ],
 )
 def test_two_launches_never_know_the_same(
@@ -101,6 +129,20 @@ def test_a_restart_keeps_the_identity_and_is_counted_also_where_the_port_changes
     assert first is not None
     assert requeued is not None
     assert (first.identity, first.restarts, requeued.restarts) == (requeued.identity, (0,), (1,))
+
+
+def test_srun_is_believed_where_its_pmi_sets_what_mpirun_sets() -> None:
+    plain = [launch_of(one) for one in launches.srun(2)]
+    pmi2 = [launch_of({**one, "PMI_RANK": one["SLURM_PROCID"], "PMI_SIZE": "2"}) for one in launches.srun(2)]
+    assert plain == pmi2
+
+
+def test_mpiruns_ranks_in_a_requeued_job_are_a_new_launch_by_openmpi_and_the_same_by_hydra_over_nodes() -> None:
+    steps = [launches.srun(2, nodes=2, restarts=restarts)[0] for restarts in (None, 1)]
+    first, again = (launch_of({**step, **launches.mpirun(4, hydra=True, here=2)[0]}) for step in steps)
+    assert first is not None
+    assert again is not None
+    assert (first.identity, first.restarts, again.restarts) == (again.identity, (0,), (1,))
 
 
 def test_the_launcher_is_the_parent_where_it_is_no_rank_itself() -> None:
