@@ -10,11 +10,11 @@ RUN := $(VENV)/bin/python -m
 export PYTHON
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help demo test soak check format docs stack bench clean
+.PHONY: help demo test soak check format docs stack launchers bench clean
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.ready-demo ## train a classifier on digits, logged into MLflow's local store (a minute, once installed)
 	@$(VENV)/bin/python examples/digits.py
@@ -42,6 +42,9 @@ docs: $(VENV)/.ready-dev ## serve the documentation at http://127.0.0.1:8000, re
 
 stack: ## have the real collector, Prometheus, Loki, Kafka, ...: what is not on PATH is built (Go, Maven; 11 minutes)
 	@$(or $(PYTHON),$(firstword $(wildcard $(VENV)/bin/python) python3)) scripts/stack.py build $(ARGS)
+
+launchers: ## have SLURM, sshd and mpirun, which tests start for real: installs what is missing (Debian, Ubuntu; root)
+	@scripts/system_packages.sh
 
 bench: $(VENV)/.ready-dev ## the numbers: import time, the price of a call, the way to the backends
 	@for file in benchmarks/*.py; do echo; echo "== $$file"; $(VENV)/bin/python "$$file" || exit 1; done

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 from urllib.error import HTTPError
 from urllib.parse import urlencode
 from urllib.request import ProxyHandler, Request, build_opener
@@ -57,7 +57,7 @@ def require(*names: str) -> None:
         program(name)
 
 
-def lacking(reason: str) -> None:
+def lacking(reason: str) -> NoReturn:
     """Skip for this reason; fail where .ci/run says that nothing may be missing."""
     if REQUIRED:
         pytest.fail(f"TRACELET_TEST_REQUIRE_STACK=1, and {reason}", pytrace=False)
