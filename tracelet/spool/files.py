@@ -76,6 +76,7 @@ class FileSet:
         self._slots_before = 0  # of segments left behind
         self._voids_before = 0
         self._next: Segment | None = None  # the one behind `segment`, once that is full
+        self._header: Header | None = None  # of the segment that was made, or begun, last
         self._lock = WriterLock(folder, self.writer)
         try:
             self._frame_writer = FrameWriter(folder, self.writer, admit, sync_at_roll=sync_at_roll, end_kept=end_kept)
@@ -116,7 +117,13 @@ class FileSet:
 
     def _new_segment(self, number: int) -> Segment:
         path = self._folder / segment_name(self.writer, number)
-        header = Header(self.writer, number, self._capacity, new_base())
+        # A try that failed (no room behind the header, a signal's handler that raised) may have left a file with a
+        # header, and a reader may have seen it, and holds it open. So a second one goes into that very file, with that
+        # very header: of slots with the markers of another one the reader would believe none.
+        again = self._header is not None and self._header.segment == number
+        if self._header is None or not again:
+            self._header = Header(self.writer, number, self._capacity, new_base())
+        header = self._header
         size = HEADER_SIZE + SLOT_SIZE * self._capacity
         if not self._mapped:
             self._admit(size)  # it grows to that
@@ -127,17 +134,16 @@ class FileSet:
                 os.close(fd)
                 raise
         self._admit(0)  # a spare counts already, but there may be too much of everything
-        fd = self._take_spare(path, size)
+        fd = -1 if again else self._take_spare(path, size)
         if fd < 0:
             self._admit(size)
-            # An earlier try at this number may have left a file; nothing in it was ever used.
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             allocate(fd, size)  # for a spare too: it costs 1 us where the room is there already
             return MappedSegment(fd, header, end_kept=self._end_kept)
         except OSError as error:
             if error.errno in NO_ROOM:
-                path.unlink(missing_ok=True)
+                os.ftruncate(fd, 0)  # what it has taken is given back; the file stays, a reader may know it
             elif error.errno in CANT_ALLOCATE:
                 self._mapped = False
                 return self._new_segment(number)

@@ -501,14 +501,15 @@ class SpoolReader:
         self.damaged_frames += 1
 
     def used_slots(self, writer: str, number: int) -> tuple[int, int, int] | None:
-        """Of a segment: how many slots were used, how many of them are open, and its descriptor (ours to close)."""
+        """Of a segment: how many slots were used, how many have no marker, the free ones behind them too, and its
+        descriptor (ours to close). None where no such segment was begun."""
         file = self._segment(writer, number)
         if file is None or file.header is None:
             return None
         kinds = (file.header.base | POINT, file.header.base | FRAME, file.header.base | VOID)
         closed = [marker in kinds for marker in file.markers(0, file.header.capacity).tolist()]
         used = len(closed) - closed[::-1].index(True) if True in closed else 0
-        return used, used - sum(closed), file.fd
+        return used, file.header.capacity - sum(closed), file.fd
 
     def close(self) -> None:
         """Let the files go."""

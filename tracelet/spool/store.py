@@ -426,9 +426,13 @@ def make_spares(folder: Path, slots: int = 32768, *, max_bytes: int | None = Non
 
 
 def seal(folder: Path, writer: str, number: int, *, dead: bool = False) -> bool:
-    """Seal a segment that nobody writes to any more; False where one of its slots is still in flight.
+    """Seal a segment that nobody writes to any more; False where one of its slots has no marker yet.
 
-    `dead`: the writer ended or died, so slots without a marker stay so. Sealed already: True.
+    A living writer leaves a segment only when all of its slots are taken, whatever stands behind it: the next one's
+    file is made first, and on a full disk long before, and a slot that is filled behind a seal would be damage.
+
+    `dead`: the writer ended or died, so slots without a marker stay so, and a file in which no segment was begun goes.
+    Sealed already: True.
     """
     if read_seal(folder, writer, number) is not None:
         return True
@@ -446,14 +450,26 @@ def seal(folder: Path, writer: str, number: int, *, dead: bool = False) -> bool:
     try:
         used = reader.used_slots(writer, number)
         if used is None:
-            return False
-        slots, in_flight, fd = used
-        if in_flight and not dead:
+            return dead and _remove_unbegun(folder / segment_name(writer, number))
+        slots, unmarked, fd = used
+        if unmarked and not dead:
             return False
         write_seal(folder, writer, number, fd, slots)
         return True
     finally:
         reader.close()
+
+
+def _remove_unbegun(path: Path) -> bool:
+    """Delete what a full disk left of a segment that was never begun; False where something stands in it."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return True
+    if any(data):
+        return False
+    path.unlink(missing_ok=True)
+    return True
 
 
 def move_delivered(
