@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tracelet.guard import guard
+from tracelet.spool.lease import is_alive, is_mine
 
 __all__ = ["Deaths", "exit_code", "lock_holder"]
 
@@ -32,8 +33,10 @@ _PIDFD_INFO_EXIT = 1 << 3  # Linux 6.15: set once the process has been reaped
 def lock_holder(path: Path) -> int | None:
     """Who holds the POSIX lock on `path`: a pid, 0 for a process of another PID namespace, None for nobody.
 
-    Never call it in the process that holds the lock: closing any descriptor of the file drops it.
+    Of a lock that this very process holds nothing is opened: closing any descriptor of the file would drop it.
     """
+    if is_mine(path):
+        return os.getpid()
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -189,8 +192,6 @@ class Deaths:
             return self._is_alive(writer)
         path = self._folder / f"{writer}.lock"
         if not _LINUX:
-            from tracelet.spool.lease import is_alive
-
             return is_alive(self._folder, writer)
         holder = lock_holder(path)
         if holder and writer not in self._pidfds:

@@ -1,8 +1,8 @@
 """Who is alive: locks that the kernel drops at a process's death, held on files in the spool folder.
 
 `fcntl.lockf` locks belong to the process: a forked child doesn't inherit them, and they are free at the moment of
-death, whoever else has the file open. In turn, closing *any* descriptor of the file drops them: nobody may open a
-lock file of his own process, so nothing here opens one to look unless it belongs to somebody else.
+death, whoever else has the file open. In turn, closing *any* descriptor of the file drops them, and a second lock in
+the same process is granted: so what this process holds is remembered, and nothing here opens such a file again.
 """
 
 from __future__ import annotations
@@ -17,10 +17,31 @@ from pathlib import Path
 
 from tracelet.errors import SpoolError
 
-__all__ = ["ShipperLock", "WriterLock", "is_alive", "lock_name", "require_own", "shipper_alive"]
+__all__ = ["ShipperLock", "WriterLock", "is_alive", "is_mine", "lock_name", "require_own", "shipper_alive"]
 
 SHIPPER_LOCK = "shipper.lock"
 _OVERFLOW_UID = 65534  # "nobody": what a file system shows that can't tell the owner
+
+_held: set[tuple[int, int, int]] = set()  # pid (a forked child holds none of them), device and inode
+_taking: dict[tuple[int, str], object] = {}  # pid and path of what some thread is just about to take
+
+
+def _key(found: os.stat_result) -> tuple[int, int, int]:
+    return os.getpid(), found.st_dev, found.st_ino
+
+
+def is_mine(path: Path) -> bool:
+    """Whether this process itself holds the lock on `path`: by another experiment of the same run, for example."""
+    try:
+        return _key(os.stat(path)) in _held
+    except OSError:
+        return False
+
+
+def _let_go(fd: int) -> None:
+    """Close the descriptor of a lock, which drops it."""
+    _held.discard(_key(os.fstat(fd)))
+    os.close(fd)
 
 
 def lock_name(writer: str) -> str:
@@ -69,6 +90,7 @@ class WriterLock:
         self._fd = os.open(self._hidden, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _held.add(_key(os.fstat(self._fd)))
             if not self.is_there():  # stopped between the two for so long that it was taken for a dead one's
                 raise FileNotFoundError(errno.ENOENT, "a lock that was just made is gone", str(self._hidden))
         except BaseException:
@@ -100,7 +122,7 @@ class WriterLock:
         """Let go; the file stays, it is how readers know of the writer."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            os.close(fd)
+            _let_go(fd)
 
 
 def _holder(path: Path) -> int | None:
@@ -108,6 +130,8 @@ def _holder(path: Path) -> int | None:
 
     F_GETLK asks without taking: a probe that took the lock, if only for a moment, could turn away its next owner.
     """
+    if is_mine(path):
+        return os.getpid()
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -128,12 +152,12 @@ def _holder(path: Path) -> int | None:
 
 
 def is_alive(folder: Path, writer: str, *, mine: Collection[str] = ()) -> bool:
-    """Whether the process of `writer` still lives. `mine` names writers of this process, whose locks stay untouched."""
+    """Whether the process of `writer` still lives. `mine` names writers of this process, which count as alive."""
     return writer in mine or _holder(folder / lock_name(writer)) is not None
 
 
 def shipper_alive(folder: Path) -> int | None:
-    """The pid of the shipper that serves `folder`, or None. Never for the process that holds the lock itself."""
+    """The pid of the shipper that serves `folder`, this very process's too, or None."""
     return _holder(folder / SHIPPER_LOCK)
 
 
@@ -155,7 +179,7 @@ class ShipperLock:
         self._fd = -1
 
     def acquire(self) -> bool:
-        """Take it, if nobody has it; never waits.
+        """Take it, if nobody has it, nor anybody else in this process; never waits.
 
         Raises:
             SpoolError: the folder belongs to another user.
@@ -164,9 +188,21 @@ class ShipperLock:
         if self._fd >= 0:
             return True
         require_own(self._path.parent)
+        # Of two threads that ask at once the second one, closing the file, would drop the lock of the first. A claim
+        # that is set in one step, not a lock, which a signal's handler could meet in its own thread.
+        claim, mine = (os.getpid(), os.fspath(self._path)), object()
+        if _taking.setdefault(claim, mine) is not mine:
+            return False
+        try:
+            return not is_mine(self._path) and self._take()
+        finally:
+            del _taking[claim]
+
+    def _take(self) -> bool:
         fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _held.add(_key(os.fstat(fd)))
         except OSError as error:
             os.close(fd)
             if error.errno in (errno.EACCES, errno.EAGAIN):
@@ -179,4 +215,4 @@ class ShipperLock:
         """Give it back; again is no harm."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            os.close(fd)
+            _let_go(fd)
