@@ -11,12 +11,30 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from tracelet.errors import TraceletError
 
 __all__ = ["Guard", "guard", "logger"]
 
-logger = logging.getLogger("tracelet")
+
+class _Said(logging.LoggerAdapter[logging.Logger]):
+    """The logger `tracelet`; what the program's handlers and filters raise ends here, and not in a training loop.
+
+    Python's own handlers raise too where `sys.stderr` is closed or no file: their report of the fault meets it again.
+    """
+
+    def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
+        try:
+            if self.isEnabledFor(level):
+                kwargs["stacklevel"] = kwargs.get("stacklevel", 1) + 1  # the line that says it, not this one
+                self.logger.log(level, msg, *args, **kwargs)
+        except Exception:
+            if guard.strict:
+                raise
+
+
+logger = _Said(logging.getLogger("tracelet"), None)
 
 
 class Guard:

@@ -287,7 +287,7 @@ def test_no_wish_ends_the_thread_of_a_destination(line: Line) -> None:
     made.tick()
     until(lambda: line.sink.requests)
     until(lambda: made.lanes["memory-a"].trouble)
-    (thread,) = made._threads
+    (thread,) = made._threads.values()
     thread.join(0.1)
     assert thread.is_alive()
     made.close()

@@ -73,7 +73,10 @@ def take(
     """
     if not isinstance(source, (str, bytes, os.PathLike)):
         raise InvalidValue(f"an artifact has to be named by its path, not by a {type(source).__name__}", path=source)
-    absolute = os.path.abspath(os.fsdecode(source))
+    try:
+        absolute = os.path.abspath(os.fsdecode(source))
+    except FileNotFoundError:
+        raise FileMissing(f"the working folder, to which {source!a} is relative, no longer exists", path=source) from None
     files = list(_files(absolute, path))
     if not files:
         logger.warning("artifact %s is an empty folder: nothing is logged", absolute)
@@ -290,9 +293,12 @@ def _remove(folder: Path, stored: str | None) -> None:
 
 
 def _media_type(path: str) -> str:
-    import mimetypes  # reads the system's tables, on the first artifact
+    try:
+        import mimetypes  # reads the system's tables, on the first artifact
 
-    kind, encoding = mimetypes.guess_type(path)
+        kind, encoding = mimetypes.guess_type(path)
+    except OSError:  # they can't be opened: no descriptors are left, for example
+        return "application/octet-stream"
     if encoding is not None:
         return {"gzip": "application/gzip", "bzip2": "application/x-bzip2", "xz": "application/x-xz"}.get(
             encoding, "application/octet-stream"

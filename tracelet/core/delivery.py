@@ -12,6 +12,7 @@ from typing import Any
 
 from tracelet import launch
 from tracelet.core.ticket import Ticket
+from tracelet.errors import SpoolError
 from tracelet.guard import guard, logger
 from tracelet.spool import lease
 from tracelet.spool.cursor import Progress
@@ -88,7 +89,20 @@ class Delivery:
 
         With TRACELET_SHIPPER=thread that is a thread of the first process for everything; other processes of the run
         leave their records to it.
+
+        Never raises: what hinders it (no process, thread or descriptor to be had) is said, and it is tried again.
         """
+        try:
+            self._serve()
+        except (OSError, RuntimeError, MemoryError, SpoolError) as error:
+            guard.limited(
+                "start the shipper",
+                "nothing could be started that ships (%s); the data waits in the spool: tracelet ship %s",
+                error,
+                self._folder,
+            )
+
+    def _serve(self) -> None:
         ticket = self._ticket
         if ticket.shipper == "thread":
             # Asking who has the shipper's lock would drop it, where this process has it itself.
@@ -122,16 +136,19 @@ class Delivery:
                 self._folder,
             )
             return
+        secrets = {name: own for name, own in ticket.secrets.items() if name not in {d["id"] for d in here}}
+        self._shipper = launch.start_shipper(self._folder, secrets, environ=ticket.environ or os.environ)
+
+    def _look(self) -> Progress:
+        """How far each destination is by now; as far as was known before, where that can't be read."""
+        progress = self.progress
         try:
-            secrets = {name: own for name, own in ticket.secrets.items() if name not in {d["id"] for d in here}}
-            self._shipper = launch.start_shipper(self._folder, secrets, environ=ticket.environ or os.environ)
-        except OSError as error:
+            progress.refresh()
+        except (OSError, SpoolError) as error:
             guard.limited(
-                "start the shipper",
-                "no shipper process could be started (%s); the data waits in the spool: tracelet ship %s",
-                error,
-                self._folder,
+                "look at the journals", "run %s: how far it has come can't be read: %s", self._ticket.run_id, error
             )
+        return progress
 
     def wait(
         self,
@@ -149,8 +166,7 @@ class Delivery:
         looked_after = started
         before: object = None
         while True:
-            progress = self.progress
-            progress.refresh()
+            progress = self._look()
             if reached(progress):
                 return True
             now = time.monotonic()
@@ -212,12 +228,8 @@ class Delivery:
     def stats(self) -> Stats:
         """Counts as of now; reads what the journals appended since the last look."""
         counts = self._writer.counts()
-        self.progress.refresh()
-        at = [
-            self.progress.destinations[d["id"]]
-            for d in self._ticket.destinations
-            if d["id"] in self.progress.destinations
-        ]
+        there = self._look().destinations
+        at = [there[d["id"]] for d in self._ticket.destinations if d["id"] in there]
         known = len(at) == len(self._ticket.destinations) and bool(at)
         shipped = self._writer.delivered_before + (min(d.delivered for d in at) if known else 0)
         refused_there = max((d.refused for d in at), default=0)
@@ -243,7 +255,7 @@ class Delivery:
         ticket = self._ticket
         if not ticket.destinations or ticket.shipper == "off":
             return True
-        if not self._folder.exists():
+        if not os.path.exists(self._folder):
             logger.warning(
                 "run %s: its folder was deleted, and there is no new one: nothing more of it is delivered, and its"
                 " destinations don't hear of its end", ticket.run_id
@@ -291,7 +303,10 @@ class Delivery:
     def _others_live(self) -> bool:
         mine = self._writer.writer_ids()
         others = {path.stem for path in self._folder.glob("*.lock")} - {*mine, "manifest", "shipper"}
-        return any(lease.is_alive(self._folder, writer) for writer in others)
+        try:
+            return any(lease.is_alive(self._folder, writer) for writer in others)
+        except OSError:  # it can't be told: wait as if there were none
+            return False
 
     def _tell_rest(self) -> None:
         left = self._unended([d["id"] for d in self._ticket.destinations])
@@ -306,7 +321,13 @@ class Delivery:
             )  # fmt: skip
         if not elsewhere:
             return
-        if self.outlived:
+        if self.outlived and not self._is_shipped():
+            logger.warning(
+                "run %s: %s not delivered to %s, and no shipper is at work."
+                " The data is safe in the spool; deliver it with: tracelet ship %s",
+                self._ticket.run_id, self._waiting(elsewhere), _kinds(elsewhere), self._folder,
+            )  # fmt: skip
+        elif self.outlived:
             logger.warning(
                 "run %s: %s still on the way to %s; the shipper goes on in the background."
                 " If this machine goes down first: tracelet ship %s",
@@ -318,6 +339,15 @@ class Delivery:
                 " The data is safe in the spool; deliver it with: tracelet ship %s",
                 self._ticket.run_id, self._waiting(elsewhere), _kinds(elsewhere), self._cannot_outlive, self._folder,
             )  # fmt: skip
+
+    def _is_shipped(self) -> bool:
+        """Whether a shipper serves the folder, or is on its way to its lock."""
+        if self._shipper is not None and not self._shipper.has_ended():
+            return True
+        try:
+            return lease.shipper_alive(self._folder) is not None
+        except OSError:
+            return False
 
     def _waiting(self, destinations: Collection[Mapping[str, Any]]) -> str:
         """What the slowest of them lacks, in words."""

@@ -123,7 +123,11 @@ def describe(error: BaseException) -> ErrorInfo:
     """An exception as the run's record keeps it."""
     kind = type(error)
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-    return ErrorInfo(name, str(error), "".join(traceback.format_exception(error)))
+    try:
+        message = str(error)
+    except Exception as worse:  # noqa: BLE001 - an exception's own words; what ends with it has to end all the same
+        message = f"(its text could not be had: {type(worse).__name__})"
+    return ErrorInfo(name, message, "".join(traceback.format_exception(error)))
 
 
 def ending_of(error: BaseException, seen_by: str) -> Ending:

@@ -350,7 +350,8 @@ class Run:
         kind, payload = codec.encode(record)
         self.writer.end(kind, payload, record.time_unix_nano, brief=codec.encode(_brief(record))[1])
         process.leave(self)
-        self.delivery.after_end(record.seen_by, timeout_s)
+        with guard("wait for the delivery"):
+            self.delivery.after_end(record.seen_by, timeout_s)
 
     def _final(self, seen_by: str) -> str:
         """Where nothing outlives the program, nobody is left to ask the kernel how it ended: its own word stands."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from tracelet import ids
 from tracelet.core import process, values
+from tracelet.errors import RunClosed
 from tracelet.records import Scalar, SpanEnded, SpanStarted
 
 if TYPE_CHECKING:
@@ -42,9 +43,13 @@ def span(run: Run, name: str, attributes: Mapping[str, Scalar], *, attach: bool)
         error = process.describe(raised)
         raise
     finally:
-        _current.reset(token)
+        try:
+            _current.reset(token)
+        except ValueError:  # a generator that another context finishes: in this one the phase was never open
+            pass
         if not run.closed:
-            run.put(SpanEnded(span_id, time.time_ns(), error))
+            with suppress(RunClosed):  # stopped by another thread in this very moment
+                run.put(SpanEnded(span_id, time.time_ns(), error))
 
 
 def _attached(name: str, trace_id: str, span_id: str) -> Any:

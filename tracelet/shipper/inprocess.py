@@ -34,7 +34,12 @@ class Handle:
         self._whole = whole
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="tracelet in-process", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:  # no memory, no process: whoever tries again must find the locks free
+            shipment.close()
+            self._release()
+            raise
 
     def _run(self) -> None:
         try:
@@ -44,8 +49,11 @@ class Handle:
                     self._shipment.tidy()
                 self._shipment.close()
         finally:
-            for lock in self._locks:
-                lock.release()
+            self._release()
+
+    def _release(self) -> None:
+        for lock in self._locks:
+            lock.release()
 
     def stop(self, timeout_s: float) -> None:
         """Let it deliver what was logged, at most `timeout_s`; what is left then is left for good with the process."""

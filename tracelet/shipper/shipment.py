@@ -106,7 +106,7 @@ class Shipment:
             backend_ids=self._backend_ids,
         )
         self.lanes: dict[str, Lane] = {}
-        self._threads: list[threading.Thread] = []
+        self._threads: dict[str, threading.Thread] = {}
         self._environ = environ
         self._secrets = secrets
         self._sieve = Sieve(environ, secrets.values())
@@ -178,9 +178,11 @@ class Shipment:
         if self.site.gone:
             return
         for identity, destination in self._served().items():
-            if identity not in self.lanes:
-                with _survived(f"begin to ship to {identity}"):
-                    self._start(identity, destination)
+            with _survived(f"begin to ship to {identity}"):
+                if identity not in self.lanes:
+                    self.lanes[identity] = self._lane(identity, destination)
+                if identity not in self._threads:
+                    self._start(identity)
         for lane in self.lanes.values():
             lane.hurry = hurry
         if self._beat is not None:
@@ -223,9 +225,9 @@ class Shipment:
             away.append(_Away(identity, there.positions if there is not None and whole else {}))
         return [*self.lanes.values(), *away]
 
-    def _start(self, identity: str, destination: Mapping[str, Any]) -> None:
+    def _lane(self, identity: str, destination: Mapping[str, Any]) -> Lane:
         secrets = self._secrets.get(identity, {})
-        lane = Lane(
+        return Lane(
             self.site,
             destination,
             lambda: self._build(destination, secrets, self._environ),
@@ -234,10 +236,13 @@ class Shipment:
             sieve=self._sieve,
             again=self._again,
         )
-        self.lanes[identity] = lane
+
+    def _start(self, identity: str) -> None:
+        """Let a lane run; where no thread can be started (no memory, RLIMIT_NPROC) the next look tries again."""
+        lane = self.lanes[identity]
         thread = threading.Thread(target=self._run_lane, args=(lane,), name=f"tracelet {identity}", daemon=True)
-        self._threads.append(thread)
         thread.start()
+        self._threads[identity] = thread
 
     def _run_lane(self, lane: Lane) -> None:
         with self._suppress():
@@ -302,7 +307,10 @@ class Shipment:
         if self._beat is not None:
             self._beat.withdraw()
         until = time.monotonic() + _JOIN_S
-        for thread in self._threads:
+        for identity, lane in self.lanes.items():
+            if identity not in self._threads:  # no thread that would do it
+                lane.close()
+        for thread in self._threads.values():
             thread.join(max(0.0, until - time.monotonic()))
         outcome = self.outcome()
         self.site.close()

@@ -93,7 +93,10 @@ def allocate(fd: int, size: int, *, at: int = 0, keep_size: bool = False) -> Non
 @functools.cache
 def _fallocate() -> Callable[[int, int, int, int], int]:
     """fallocate(2), which answers with 0 or the number of its error."""
-    import ctypes
+    try:
+        import ctypes
+    except ImportError:  # an interpreter built without libffi
+        return lambda fd, mode, at, size: errno.ENOSYS
 
     found = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
     if found is None:
