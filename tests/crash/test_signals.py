@@ -16,7 +16,7 @@ import pytest
 from tests.programs import finished, said, started
 from tests.sinks import HttpSink, Say, attributes, until
 from tests.spooled import folder_of, read
-from tracelet.records import WriterEnded
+from tracelet.records import ParamsLogged, TagsSet, WriterEnded, WriterOpened
 from tracelet.spool.lease import shipper_alive
 
 UNTOUCHED = """
@@ -54,6 +54,63 @@ assert now() == before
 def test_handlers_and_hooks_of_the_program_are_untouched_from_import_to_stop(tmp_path: Path, job: str) -> None:
     done = finished(tmp_path, UNTOUCHED, SLURM_JOB_ID=job)
     assert done.returncode == 0, done.stderr
+
+
+IN_THE_MIDDLE_OF_A_START = """
+import os, signal, sys, tracelet
+given, step = sys.argv[1] == "given", int(sys.argv[2])
+line = came = 0
+def handler(*_):
+    exp.log_metric("from a handler", 1.0, iteration=1)
+    exp.log_params({"a": 1})
+    exp.set_tags({"b": 2})
+signal.signal(signal.SIGUSR1, handler)
+def trace(frame, event, argument):
+    global line
+    if os.sep + "tracelet" + os.sep not in frame.f_code.co_filename:
+        return None
+    if event == "line":
+        line += 1
+        if line == wanted:
+            sys.settrace(None)
+            os.kill(os.getpid(), signal.SIGUSR1)
+    return trace
+for wanted in range(step // 2, 100_000, step):
+    line = 0
+    run_id = f"run-{wanted}" if given else None
+    exp = tracelet.Experiment("x", project="signals", backend="file", shipper="off", run_id=run_id)
+    sys.settrace(trace)
+    exp.log_metric("first", 1.0, iteration=1)
+    sys.settrace(None)
+    exp.stop()
+    if line < wanted:
+        break
+    came += 1
+print(came)
+"""
+
+
+@pytest.mark.parametrize("given", ["given", "drawn"])
+def test_a_handler_that_logs_at_any_line_of_a_start_adds_to_the_run_that_is_being_started(
+    tmp_path: Path, clean_environment: Path, given: str
+) -> None:
+    done = finished(tmp_path, IN_THE_MIDDLE_OF_A_START, given, 97)
+    assert done.returncode == 0, done.stderr
+    came = int(done.stdout)
+    assert came > 10
+    folders = [path for path in clean_environment.glob("*/*") if path.is_dir()]
+    assert len(folders) == came + 1  # the last one was over before its line
+    whole = 0
+    for folder in folders:
+        found = read(folder)
+        names = sorted(point.name for point in found.points)
+        assert names in (["first", "from a handler"], ["first"])
+        assert len({record.attempt_key for record in found.of(WriterOpened)}) == 1
+        if len(names) == 2:
+            whole += 1
+            assert [record.params for record in found.of(ParamsLogged)] == [{"a": 1}]
+            assert {"b": "2"} in [record.tags for record in found.of(TagsSet)]
+    assert whole == came
 
 
 OURS_IS_TAKEN_BACK = """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
 from time import time_ns
@@ -17,8 +17,8 @@ from tracelet.core.delivery import Stats
 from tracelet.core.process import Ending
 from tracelet.core.run import Run, closed_error
 from tracelet.core.ticket import Ticket
-from tracelet.errors import ConfigError, InvalidValue
-from tracelet.guard import logger
+from tracelet.errors import ConfigError, InvalidValue, SpoolError, TraceletError
+from tracelet.guard import guard, logger
 from tracelet.records import FAILED, FINISHED, KILLED, ParamsLogged, Scalar, TagsSet
 
 __all__ = ["Experiment", "ExperimentConfig", "Stats"]
@@ -145,6 +145,8 @@ class Experiment:
         self._ticket: Ticket | None = None  # of an experiment that came here pickled
         self._was_closed = False  # before it was pickled
         self._first_iteration: int | None = None  # set before the start
+        self._beginning = False
+        self._early: list[Callable[[], object]] = []
 
     # ---- life ---------------------------------------------------------------------------------------------------
 
@@ -162,11 +164,40 @@ class Experiment:
         Cost: about 10 ms, most of it the start of the shipper process.
         """
         with process.starting():
+            if self._beginning:  # a signal's handler, in the middle of this thread's own call
+                return self
             if self._run is None:
-                self._begin()
+                self._beginning = True
+                try:
+                    self._begin()
+                finally:
+                    self._beginning = False
+                self._make_up()
             elif self._run.closed:
                 raise self._run.closed_error()
         return self
+
+    def _make_up(self) -> None:
+        """Do what signals' handlers asked for while the run was being started."""
+        while self._early:
+            call = self._early.pop(0)
+            try:
+                call()
+            except TraceletError as error:
+                guard.limited("make up a handler's call", "a call of a signal's handler comes to nothing: %s", error)
+
+    def _comes_later(self, call: Callable[[], object]) -> bool:
+        """Whether `call` was put off, since a signal's handler makes it in the middle of its own thread's `start`.
+
+        There is no run yet that it could go to, and to begin another one would be two runs, or a wait for oneself.
+        """
+        if self._run is not None:
+            return False
+        with process.starting():  # whoever gets in is this thread, or comes before or after a start
+            if not self._beginning:
+                return False
+            self._early.append(call)
+            return True
 
     def _begin(self) -> None:
         if self._ticket is not None:
@@ -250,7 +281,8 @@ class Experiment:
         Examples:
             >>> exp.log_metric("loss", 0.25, iteration=100)
         """
-        self._started().log(name, value, iteration)
+        if not self._comes_later(lambda: self.log_metric(name, value, iteration)):
+            self._started().log(name, value, iteration)
 
     def log_metrics(self, metrics: Mapping[str, Any], iteration: int | None = None) -> None:
         """Log several metrics at one time and iteration; if one value can't be logged, none is.
@@ -261,7 +293,8 @@ class Experiment:
         Examples:
             >>> exp.log_metrics({"loss": 0.25, "accuracy": 0.9}, iteration=100)
         """
-        self._started().log_many(metrics, iteration)
+        if not self._comes_later(lambda: self.log_metrics(metrics, iteration)):
+            self._started().log_many(metrics, iteration)
 
     def set_iteration(self, iteration: int) -> None:
         """Make `iteration` the current one: that of every value logged without its own.
@@ -300,6 +333,8 @@ class Experiment:
         Examples:
             >>> exp.log_params({"learning_rate": 0.001, "model": {"num_layers": 4}})
         """
+        if self._comes_later(lambda: self.log_params(params)):
+            return
         run = self._started()
         flat = values.flatten_params(params)
         if flat:
@@ -317,6 +352,8 @@ class Experiment:
             'final'
         """
         checked = values.check_tags(tags)
+        if self._comes_later(lambda: self.set_tags(checked)):
+            return
         self._started().log_record(TagsSet(time_ns(), checked))
         self._tags.update(checked)
 
@@ -350,7 +387,8 @@ class Experiment:
         Examples:
             >>> exp.log_artifact("model.bin", "models/epoch_10.bin")
         """
-        self._started().take_artifact(path, artifact_path, copy)
+        if not self._comes_later(lambda: self.log_artifact(path, artifact_path, copy=copy)):
+            self._started().take_artifact(path, artifact_path, copy)
 
     def span(
         self, name: str, attributes: Mapping[str, Scalar] | None = None, *, attach: bool = False
@@ -437,7 +475,8 @@ class Experiment:
         if run is None:
             self.start()
             run = self._run
-            assert run is not None
+            if run is None:
+                raise SpoolError("a signal's handler asks for the run while its own thread is just starting it")
         if run.closed and not closed:
             raise run.closed_error()
         return run
@@ -463,6 +502,7 @@ class Experiment:
         self._ticket = state["ticket"]
         self._was_closed = state["closed"]  # refused when something is logged: a checkpoint that holds it has to load
         self._first_iteration = state["iteration"] or None
+        self._beginning, self._early = False, []
 
     def __repr__(self) -> str:
         if self._ticket is None:

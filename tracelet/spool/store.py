@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import json
 import os
@@ -48,6 +49,9 @@ MANIFEST = "manifest.json"
 MANIFEST_LOCK = "manifest.lock"
 COPY = "manifest.copy.json"
 """The same once more: a damaged manifest would leave whole records with nowhere to go, or send them to another run."""
+LOCK_WAIT_S = 10.0
+"""Whoever changes a manifest is through in a millisecond; longer than this nobody waits for him."""
+_LOCK_POLL_S = 0.002
 FORMAT = 1
 """The version of the folder's format; a reader refuses another one by name."""
 
@@ -299,7 +303,7 @@ def held_manifest(folder: Path, *, make: bool = False) -> Iterator[None]:
     """Within the block nobody changes the manifest: no destination and no attempt comes meanwhile.
 
     Raises:
-        OSError: there is no such folder (`make`: it can't be made), or it can't be written.
+        OSError: there is no such folder (`make`: it can't be made), it can't be written, or it stays locked.
     """
     while True:
         if make:
@@ -307,7 +311,7 @@ def held_manifest(folder: Path, *, make: bool = False) -> Iterator[None]:
         path = folder / MANIFEST_LOCK
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)  # flock, not lockf: two threads of one process exclude each other too
+            _lock(fd, folder)
             if _is_at(path, fd):
                 yield
                 return
@@ -321,6 +325,28 @@ def _is_at(path: Path, fd: int) -> bool:
         return os.path.samestat(os.stat(path), os.fstat(fd))
     except FileNotFoundError:
         return False
+
+
+def _lock(fd: int, folder: Path) -> None:
+    """Take the manifest's lock; flock, not lockf: two threads of one process exclude each other too.
+
+    Not for as long as it takes: its holder may be a process that was suspended, or this very thread, when a signal's
+    handler comes here in the middle of it.
+
+    Raises:
+        OSError: nobody gave it back in time.
+    """
+    until = time.monotonic() + LOCK_WAIT_S
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                raise TimeoutError(
+                    errno.ETIMEDOUT, f"its manifest has been locked by another for {LOCK_WAIT_S:g} s", str(folder)
+                ) from None
+        time.sleep(_LOCK_POLL_S)
 
 
 def write_whole(path: Path, data: bytes) -> None:

@@ -329,3 +329,19 @@ def test_a_seal_of_another_version_is_named_and_left_alone(tmp_path: Path, caplo
     assert "has format 2, this tracelet reads 1" in caplog.text
     assert len(only(drain(tmp_path, dead=True)).points) == 10
     assert move_delivered(tmp_path, [{name: Position(2, 0)}]) == 0
+
+
+def test_a_manifest_that_is_locked_for_good_is_a_spool_error_not_a_wait_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tracelet.spool.store.LOCK_WAIT_S", 0.1)
+    update_manifest(tmp_path, lambda _: Manifest("r", "p", "e", "n"))
+
+    def by_a_handler(before: Manifest | None) -> Manifest:
+        assert before is not None
+        with pytest.raises(SpoolError, match="locked by another"):
+            update_manifest(tmp_path, lambda _: before)
+        return before
+
+    update_manifest(tmp_path, by_a_handler)
+    assert update_manifest(tmp_path, lambda before: before or Manifest("x", "p", "e", "n")).run_id == "r"
