@@ -21,16 +21,19 @@ _PACKAGE_ROOT = str(Path(__file__).resolve().parent.parent)
 
 # -P keeps the script's folder off sys.path, where a user's `queue.py` or `mlflow/` would shadow the real one. The
 # package is then found where training found it: in front while it is imported, so that no other distribution of the
-# same name comes first, and at the end afterwards, so that nothing beside it shadows anything.
+# same name comes first, and at the end afterwards, so that nothing beside it shadows anything. Behind that comes what
+# the program itself has put on its path: there may be all its packages (pex, bazel, a vendored folder).
 _MAIN = (
-    "import sys; root = sys.argv[1]; sys.path.insert(0, root); import tracelet; del sys.path[0]; sys.path.append(root);"
-    " from tracelet.shipper.process import main; sys.exit(main(sys.argv[2:]))"
+    "import json, sys; root, paths = sys.argv[1], json.loads(sys.argv[2]); sys.path.insert(0, root); import tracelet;"
+    " del sys.path[0]; sys.path.append(root); sys.path += [path for path in paths if path not in sys.path];"
+    " from tracelet.shipper.process import main; sys.exit(main(sys.argv[3:]))"
 )
 
 # `opentelemetry-instrument` puts this folder on PYTHONPATH; its sitecustomize would trace the shipper's own requests.
 _AUTO_INSTRUMENTATION = os.path.join("opentelemetry", "instrumentation", "auto_instrumentation")
 
 _INITIAL_PID_NAMESPACE = "pid:[4026531836]"  # PROC_PID_INIT_INO of the Linux kernel
+_LONGEST_PATHS = 16_384  # characters; an argument has at most 128 kB, and each of these may be twelve
 _JOB_VARIABLES = {"SLURM_JOB_ID": "SLURM", "PBS_JOBID": "PBS", "LSB_JOBID": "LSF"}
 
 
@@ -84,7 +87,7 @@ def start_shipper(
             os.close(writing)
         with open(folder / "shipper.log", "ab", buffering=0, opener=_private) as log:
             process = _Detached(
-                [sys.executable, "-P", "-c", _MAIN, _PACKAGE_ROOT, str(folder)],
+                [sys.executable, "-P", "-c", _MAIN, _PACKAGE_ROOT, json.dumps(_paths()), str(folder)],
                 stdin=reading,
                 stdout=log,
                 stderr=log,
@@ -95,6 +98,21 @@ def start_shipper(
     finally:
         os.close(reading)
     return ShipperProcess(process)
+
+
+def _paths() -> list[str]:
+    """Where this program finds packages; not the folder of its script, whose files are meant for it alone."""
+    script = getattr(sys.modules.get("__main__"), "__file__", None)
+    own = None if script is None else os.path.dirname(os.path.realpath(script))
+    found = [
+        path
+        for path in sys.path
+        if isinstance(path, str)
+        and os.path.isabs(path)
+        and os.path.realpath(path) != own
+        and not path.rstrip(os.sep).endswith(_AUTO_INSTRUMENTATION)
+    ]
+    return found if sum(map(len, found)) < _LONGEST_PATHS else []
 
 
 def _fill(pipe: int, line: bytes) -> None:

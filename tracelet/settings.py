@@ -453,6 +453,10 @@ def resolve(
     for name in _BY_NAME:
         if name not in given:
             given[name], origins[name] = defaults[name]
+    for name in ("project", "experiment_name"):
+        # Half characters (a folder, script or variable that is no UTF-8) as their escapes: no backend takes them, and a
+        # run whose name none takes would never be delivered.
+        given[name] = given[name].encode("utf-8", "backslashreplace").decode()
     for name in ("grace", "window_age", "window_ahead"):
         given[f"{name}_s"] = given.pop(name)
     return Settings(**given, origins=origins, environ=environ, cwd=cwd, argv=tuple(argv))

@@ -282,3 +282,28 @@ copy.stop()
         "TORCHELASTIC_RESTART_COUNT": "0",
     }
     assert answers(tmp_path, code + SAY, **launch) == [True, True, 101]
+
+
+def test_more_living_workers_than_the_shipper_has_descriptors_are_delivered_while_they_live(tmp_path: Path) -> None:
+    code = """
+import signal, time
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
+exp = tracelet.start_logging(exp_name="x", project="p", backend="file")
+exp.log_metric("a", 1.0, iteration=0)
+workers = []
+for _ in range(80):
+    pid = os.fork()
+    if pid == 0:
+        exp.log_metric("a", 1.0, iteration=os.getpid())
+        signal.pause()
+    workers.append(pid)
+until = time.monotonic() + 45
+while exp.stats.shipped < 81 and time.monotonic() < until:
+    time.sleep(0.1)
+found = exp.stats.shipped
+for pid in workers:
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+exp.stop(timeout=0)
+"""
+    assert answers(tmp_path, code + SAY) == 81

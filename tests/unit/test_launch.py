@@ -130,7 +130,7 @@ def test_a_shipper_uses_the_very_package_of_the_program_and_nothing_beside_it_sh
     shipper = launch.start_shipper(folder, {}, environ={})
     facts = facts_of(folder)
     assert facts["package"] == str(root / "tracelet" / "__init__.py")
-    assert facts["path"][-1] == str(root)
+    assert str(root) in facts["path"]
     assert facts["safe_path"]
     assert str(script_folder) not in facts["path"]
     end(folder, shipper)
@@ -238,3 +238,18 @@ def test_in_a_batch_job_it_does_not(tmp_path: Path, variable: str, system: str) 
 
 def test_without_proc_there_are_no_pid_namespaces(tmp_path: Path) -> None:
     assert launch.can_outlive({}, proc=tmp_path / "no proc") is None
+
+
+def test_the_shipper_finds_packages_where_the_program_does_but_not_beside_its_script(
+    root: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "script"
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(script / "train.py"), raising=False)
+    monkeypatch.setattr(sys, "path", [str(script), "", "relative", *sys.path, "/vendored/b\udcff", "/vendored/a"])
+    shipper = launch.start_shipper(folder, {}, environ=os.environ)
+    path = facts_of(folder)["path"]
+    end(folder, shipper)
+    assert path[-2:] == ["/vendored/b\udcff", "/vendored/a"]
+    assert path.index(str(root)) < len(path) - 2  # nothing comes before the package's own place
+    assert not {str(script), "", "relative"} & set(path)
+    assert len(path) == len(set(path))

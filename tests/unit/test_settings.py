@@ -258,3 +258,9 @@ def test_a_working_folder_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch,
     gone.rmdir()
     with pytest.raises(ConfigError, match="working folder no longer exists"):
         settings.from_process()
+
+
+def test_names_that_are_no_utf_8_are_their_escapes_wherever_they_come_from(tmp_path: Path) -> None:
+    found = resolve({}, {}, environ={"TRACELET_PROJECT": "p\udcff"}, cwd=tmp_path, argv=["t\udcff.py"])
+    assert (found.project, found.experiment_name) == ("p\\udcff", "t\\udcff")
+    assert resolve({}, {}, environ={}, cwd=tmp_path / "w\udcff", argv=[""]).project == "w\\udcff"

@@ -76,7 +76,9 @@ def take(
     try:
         absolute = os.path.abspath(os.fsdecode(source))
     except FileNotFoundError:
-        raise FileMissing(f"the working folder, to which {source!a} is relative, no longer exists", path=source) from None
+        raise FileMissing(
+            f"the working folder, to which {source!a} is relative, no longer exists", path=source
+        ) from None
     files = list(_files(absolute, path))
     if not files:
         logger.warning("artifact %s is an empty folder: nothing is logged", absolute)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import resource
 import select
 import signal
 import struct
@@ -202,6 +203,10 @@ class Deaths:
         try:
             pidfd = os.pidfd_open(pid)
         except (OSError, AttributeError):  # gone already, a seccomp filter, an old kernel: the lock is polled
+            return
+        # Each takes a descriptor for as long as its process lives: half of them are left for what is read and sent.
+        if pidfd >= resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2:
+            os.close(pidfd)
             return
         if lock_holder(self._folder / f"{writer}.lock") != pid:  # the number may be somebody else's by now
             os.close(pidfd)
