@@ -7,8 +7,6 @@ Limit: 60 s a program; the file some 30 s.
 from __future__ import annotations
 
 import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +15,7 @@ import pytest
 from tests.programs import finished
 from tests.sinks import until
 from tests.spooled import folder_of, read
-from tracelet.records import ParamsLogged, SpanEnded, WriterEnded
-from tracelet.spool.lease import shipper_alive
+from tracelet.records import SpanEnded, WriterEnded
 from tracelet.spool.store import read_manifest
 
 HEAD = """
@@ -90,13 +87,14 @@ found["counts"] = [exp.stats.logged, exp.stats.refused]
     assert set(found.values()) == {"None"}
     assert logged + refused == 70_003  # with the params, and the record that asks for the flush
     folder = folder_of(clean_environment)
-    until(lambda: shipper_alive(folder) is None, 30)
-    assert len((tmp_path / "tracelet.jsonl").read_text().splitlines()) > 1
+    until(lambda: ended(folder), 60)  # by the shipper that was there before
+    assert ended(folder)["status"] == "FINISHED"
+
+
+def ended(folder: Path) -> Any:
     manifest = read_manifest(folder)
     assert manifest is not None
-    ended = manifest.attempts[0].ended
-    assert ended is not None
-    assert ended["status"] == "FINISHED"
+    return manifest.attempts[0].ended
 
 
 def test_a_start_with_few_descriptors_is_a_spool_error_or_a_run(tmp_path: Path) -> None:
@@ -307,3 +305,26 @@ for pid in workers:
 exp.stop(timeout=0)
 """
     assert answers(tmp_path, code + SAY) == 81
+
+
+@pytest.mark.parametrize("mapped", ["mapped", "appended"])
+def test_a_program_that_closes_all_descriptors_by_number_keeps_its_own_files_whole(tmp_path: Path, mapped: str) -> None:
+    code = """
+import time, tracelet.spool.writer
+if sys.argv[1] == "appended":
+    tracelet.spool.writer.may_map = lambda folder: False
+exp = tracelet.start_logging(exp_name="x", project="p", backend="file", shipper="off")
+exp.log_params({"before": 1})
+exp.log_metric("a", 1.0, iteration=1)
+os.closerange(3, 256)
+mine = [open(f"mine-{i}", "w+") for i in range(16)]  # these get the numbers that were ours
+for file in mine:
+    file.write("z" * 100_000)
+    file.flush()
+exp.log_params({"after": 1})
+exp.log_metric("b", 1.0, iteration=1)
+exp.stop()
+found = [file.tell() for file in mine if not file.closed and os.fstat(file.fileno()).st_size == 100_000]
+"""
+    assert answers(tmp_path, code + SAY, mapped) == [100_000] * 16
+    assert {(tmp_path / f"mine-{i}").read_text() for i in range(16)} == {"z" * 100_000}

@@ -14,6 +14,7 @@ from tracelet.cli.deadletters import piles_of
 from tracelet.cli.facts import LOST, RUNNING, Facts, look
 from tracelet.cli.find import UsageError, add_dir, all_runs, chosen, select, short_ids
 from tracelet.cli.text import age, count, plain, size, table
+from tracelet.errors import SpoolError
 from tracelet.settings import Keep
 from tracelet.spool import store
 from tracelet.spool.keep import KeepRule, beyond_keep, delivered_files, release
@@ -82,7 +83,10 @@ def run(args: argparse.Namespace) -> int:
     done = [piece for piece in pieces if piece not in failed]
     _tell(done, found, ids, resolved.keep, dry_run=args.dry_run)
     for piece in failed:
-        print(f"{ids[piece.facts.run_id]}: somebody has just begun with it; left as it is", file=sys.stderr)
+        print(
+            f"{ids[piece.facts.run_id]}: somebody has just begun with it, or added to it; left as it is",
+            file=sys.stderr,
+        )
     return 1 if failed else 0
 
 
@@ -124,7 +128,10 @@ def _size(folder: Path) -> int:
 
 
 def _delete(piece: Piece) -> bool:
-    """Delete it, unless something came meanwhile: a shipper, a writer, a destination; whether it was."""
+    """Delete it, unless something came meanwhile, or has come and gone: a shipper, a writer, a destination.
+
+    Whether it was deleted.
+    """
     folder = piece.facts.folder
     if piece.files:
         release(folder, piece.files)
@@ -146,15 +153,23 @@ def _delete(piece: Piece) -> bool:
 
 
 def _may_still_go(piece: Piece) -> bool:
+    """Nobody writes to the run, and nothing was added: a program may have come and gone since it was looked at."""
     before = piece.facts
-    if piece.whatever:
-        entry = store.RunFolder(before.run_id, before.folder, before.manifest, before.problem)
-        return not look(entry, holds_lock=True).alive
-    manifest = store.read_manifest(before.folder)
+    manifest, problem = None, before.problem
+    if problem is None:
+        try:
+            manifest = store.read_manifest(before.folder)
+        except SpoolError as error:
+            problem = str(error)
+    now = look(store.RunFolder(before.run_id, before.folder, manifest, problem), holds_lock=True)
     # What another start of the run has put there may be no writer yet.
-    same = [None if one is None else [attempt.key for attempt in one.attempts] for one in (before.manifest, manifest)]
-    entry = store.RunFolder(before.run_id, before.folder, manifest)
-    return same[0] == same[1] and _is_over(look(entry, holds_lock=True))
+    if now.alive or _attempts(now) != _attempts(before):
+        return False
+    return loss(now) == loss(before) if piece.whatever else _is_over(now)
+
+
+def _attempts(facts: Facts) -> list[str]:
+    return [attempt.key for attempt in facts.manifest.attempts] if facts.manifest is not None else []
 
 
 def _tell(pieces: Sequence[Piece], found: Sequence[Facts], ids: dict[str, str], keep: Keep, *, dry_run: bool) -> None:
@@ -227,7 +242,7 @@ def _give_up(facts: Facts, args: argparse.Namespace) -> bool:
             print("  not deleted")
             return False
     if not _delete(Piece(facts, (), 0, whatever=True)):
-        print(f"{name}: a writer or a shipper has just begun with it: not deleted", file=sys.stderr)
+        print(f"{name}: a writer or a shipper has just begun with it, or added to it: not deleted", file=sys.stderr)
         return False
     print("  deleted")
     return True

@@ -104,7 +104,13 @@ class Lane:
     def run(self) -> None:
         """Step until `stop()`; then let the destination go."""
         while not self._stop.is_set():
-            delay = self.step()
+            try:
+                delay = self.step()
+            except BaseException as error:  # noqa: BLE001 - an exporter of the program's that calls sys.exit, or is
+                # cancelled by asyncio: not this thread's end, which would be the end of the destination
+                words = type(error).__name__  # its own may be what it failed at
+                guard.note(f"ship to {self.id}", error, words)
+                delay = self._later(RetryLater(words))
             if delay > 0:
                 self._wake.wait(delay)
                 self._wake.clear()

@@ -7,6 +7,7 @@ import os
 import time
 from array import array
 
+from tracelet.spool.disk import close_own, identity
 from tracelet.spool.points import HEADER_SIZE, MARKER_AT, POINT, SLOT, SLOT_SIZE, UNSET, VOID, Header
 
 __all__ = ["AppendedSegment", "pack_points"]
@@ -15,7 +16,19 @@ __all__ = ["AppendedSegment", "pack_points"]
 class AppendedSegment:
     """A segment written with system calls, for file systems where mapping could kill; used under the writer's lock."""
 
-    __slots__ = ("_room_to", "_synced_at", "_unsettled", "base", "capacity", "fd", "kept", "next", "number", "voids")
+    __slots__ = (
+        "_opened",
+        "_room_to",
+        "_synced_at",
+        "_unsettled",
+        "base",
+        "capacity",
+        "fd",
+        "kept",
+        "next",
+        "number",
+        "voids",
+    )
 
     SYNC_EVERY_S = 1.0
 
@@ -30,6 +43,7 @@ class AppendedSegment:
         self._room_to = HEADER_SIZE
         self.base = header.base
         self.fd = fd
+        self._opened = identity(fd)
         self.next = 0
         self.voids = 0
         self._unsettled = -1  # the slot of a call that did not come to its end
@@ -129,7 +143,7 @@ class AppendedSegment:
         """Let the file go; again is no harm."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
-            os.close(fd)
+            close_own(fd, self._opened)
 
     def seize(self) -> None:
         if self._unsettled >= 0:

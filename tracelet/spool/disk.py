@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import os
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from tracelet.errors import SpoolError, SpoolFull
 
-__all__ = ["CANT_ALLOCATE", "NO_ROOM", "allocate", "may_map", "refused"]
+__all__ = ["CANT_ALLOCATE", "NO_ROOM", "Identity", "allocate", "close_own", "identity", "may_map", "refused"]
 
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """The errors that mean "no room" rather than "not allowed" or "broken"."""
@@ -21,6 +22,34 @@ CANT_ALLOCATE = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.E
 """What fallocate(2) says where the file system, or the system, has no such thing."""
 
 _KEEP_SIZE = 1  # FALLOC_FL_KEEP_SIZE, linux/falloc.h
+
+
+Identity = tuple[int, int]
+"""Which file a descriptor is open on: its device and inode."""
+
+
+def identity(fd: int) -> Identity:
+    """Of an open file."""
+    found = os.fstat(fd)
+    return found.st_dev, found.st_ino
+
+
+def close_own(fd: int, opened: Identity, *, cut_at: int | None = None) -> bool:
+    """Close `fd` if it is still open on the file it was `opened` on, cut at `cut_at` if it is longer; whether it was.
+
+    A program that turns itself into a daemon closes all there is by number, and opens files of its own, which get our
+    numbers: to close or cut these would be its loss.
+    """
+    try:
+        if identity(fd) != opened:
+            return False
+        if cut_at is not None and cut_at <= os.fstat(fd).st_size:
+            with contextlib.suppress(OSError):  # it stays as long as it is
+                os.ftruncate(fd, cut_at)
+        os.close(fd)
+    except OSError:
+        return False
+    return True
 
 
 def refused(folder: Path, error: OSError) -> SpoolError:

@@ -109,6 +109,10 @@ class FileSet:
         """Whether readers can find these files: they know of a writer by its lock. Costs two system calls."""
         return self._lock.is_there()
 
+    def is_open(self) -> bool:
+        """Whether the descriptors are still those of these files."""
+        return self._lock.is_open()
+
     def appear(self) -> None:
         """Let readers know."""
         self._lock.appear()

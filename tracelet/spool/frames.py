@@ -21,7 +21,7 @@ from typing import NamedTuple
 from zlib import crc32
 
 from tracelet.errors import SpoolError, SpoolFormatError
-from tracelet.spool.disk import CANT_ALLOCATE, allocate
+from tracelet.spool.disk import CANT_ALLOCATE, Identity, allocate, close_own, identity
 
 __all__ = ["END_FLAG", "Frame", "FrameWriter", "frames_name", "read_frame", "scan"]
 
@@ -83,6 +83,7 @@ class FrameWriter:
         self._writer = writer
         self._admit = admit
         self._fd = -1
+        self._opened: Identity = (-1, -1)
         self._end = 0
         self._number = 0
 
@@ -195,10 +196,11 @@ class FrameWriter:
         except BaseException:
             os.close(fd)
             raise
-        old = self._fd
+        old, opened = self._fd, self._opened
+        self._opened = identity(fd)
         left, self._fd, self._number, self._end, self._room_to = self._end, fd, number, HEADER_SIZE, HEADER_SIZE
         if old >= 0:
-            self._let_go(old, left)
+            self._let_go(old, opened, left)
 
     @property
     def descriptor(self) -> int:
@@ -210,21 +212,17 @@ class FrameWriter:
         if self._fd >= 0:
             os.fdatasync(self._fd)
 
-    def _let_go(self, fd: int, end: int) -> None:
-        """Close a file that gets no more frames, without the room it had for one."""
-        if self._reserve:
-            with contextlib.suppress(OSError):  # it stays as long as it is: zeros at the end are no frames
-                if end <= os.fstat(fd).st_size:
-                    os.ftruncate(fd, end)
-        os.close(fd)
+    def _let_go(self, fd: int, opened: Identity, end: int) -> None:
+        """Close a file that gets no more frames, without the room it had for one: zeros at the end are no frames."""
+        close_own(fd, opened, cut_at=end if self._reserve else None)
 
     def close(self, *, mine: bool = True) -> None:
         """Let the file go. Not `mine`: another process writes it, and its room stays."""
         fd, self._fd = self._fd, -1
         if fd >= 0 and mine:
-            self._let_go(fd, self._end)
+            self._let_go(fd, self._opened, self._end)
         elif fd >= 0:
-            os.close(fd)
+            close_own(fd, self._opened)
 
 
 def read_frame(fd: int, offset: int) -> Frame | None:

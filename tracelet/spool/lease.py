@@ -16,6 +16,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from tracelet.errors import SpoolError
+from tracelet.spool.disk import Identity, close_own, identity
 
 __all__ = ["ShipperLock", "WriterLock", "is_alive", "is_mine", "lock_name", "require_own", "shipper_alive"]
 
@@ -26,22 +27,19 @@ _held: set[tuple[int, int, int]] = set()  # pid (a forked child holds none of th
 _taking: dict[tuple[int, str], object] = {}  # pid and path of what some thread is just about to take
 
 
-def _key(found: os.stat_result) -> tuple[int, int, int]:
-    return os.getpid(), found.st_dev, found.st_ino
-
-
 def is_mine(path: Path) -> bool:
     """Whether this process itself holds the lock on `path`: by another experiment of the same run, for example."""
     try:
-        return _key(os.stat(path)) in _held
+        found = os.stat(path)
     except OSError:
         return False
+    return (os.getpid(), found.st_dev, found.st_ino) in _held
 
 
-def _let_go(fd: int) -> None:
+def _let_go(fd: int, opened: Identity) -> None:
     """Close the descriptor of a lock, which drops it."""
-    _held.discard(_key(os.fstat(fd)))
-    os.close(fd)
+    _held.discard((os.getpid(), *opened))
+    close_own(fd, opened)
 
 
 def lock_name(writer: str) -> str:
@@ -88,9 +86,10 @@ class WriterLock:
         self._hidden = folder / f".{lock_name(writer)}"
         self.visible = False
         self._fd = os.open(self._hidden, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        self._opened = identity(self._fd)
         try:
             fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _held.add(_key(os.fstat(self._fd)))
+            _held.add((os.getpid(), *self._opened))
             if not self.is_there():  # stopped between the two for so long that it was taken for a dead one's
                 raise FileNotFoundError(errno.ENOENT, "a lock that was just made is gone", str(self._hidden))
         except BaseException:
@@ -113,6 +112,13 @@ class WriterLock:
         except OSError:
             return False
 
+    def is_open(self) -> bool:
+        """Whether the descriptor that holds it is still open on its file."""
+        try:
+            return identity(self._fd) == self._opened
+        except OSError:
+            return False
+
     def discard(self) -> None:
         """Take back a lock that never appeared."""
         self.release()
@@ -122,7 +128,7 @@ class WriterLock:
         """Let go; the file stays, it is how readers know of the writer."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            _let_go(fd)
+            _let_go(fd, self._opened)
 
 
 def _holder(path: Path) -> int | None:
@@ -177,6 +183,7 @@ class ShipperLock:
     def __init__(self, folder: Path, name: str = SHIPPER_LOCK) -> None:
         self._path = folder / name
         self._fd = -1
+        self._opened: Identity = (-1, -1)
 
     def acquire(self) -> bool:
         """Take it, if nobody has it, nor anybody else in this process; never waits.
@@ -202,7 +209,8 @@ class ShipperLock:
         fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _held.add(_key(os.fstat(fd)))
+            self._opened = identity(fd)
+            _held.add((os.getpid(), *self._opened))
         except OSError as error:
             os.close(fd)
             if error.errno in (errno.EACCES, errno.EAGAIN):
@@ -215,4 +223,4 @@ class ShipperLock:
         """Give it back; again is no harm."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            _let_go(fd)
+            _let_go(fd, self._opened)

@@ -96,6 +96,7 @@ class Writer:
         self._depth = 0
         self._sets: dict[int, FileSet] = {}
         self._inherited: list[FileSet] = []
+        self._stranded: list[FileSet] = []
         self._ended = False
         self._end_due: tuple[int, bytes, bytes, int] | None = None
         self._refused = 0
@@ -233,7 +234,7 @@ class Writer:
         files = self._sets.get(depth)
         if files is not None and (look or time.monotonic() - self._looked_at >= _LOOK_EVERY_S):
             self._looked_at = time.monotonic()
-            if files.visible and not files.abandoned and not files.is_there():
+            if not files.abandoned and not files.is_there():
                 self._give_up(depth)
                 files = None
         if files is None:
@@ -254,21 +255,28 @@ class Writer:
         segment, slot = self._passed(files.writer)
         known = (segment - 1) * self._capacity + slot - files.frames  # at least so many of the slots were points
         lost = points - max(0, min(points, known))
-        files.close()
+        self._close(files)
         self._gone_points += points
         self._lost += lost
         self._refused += lost
         guard.limited(
             f"keep {self._folder}",
-            "the spool folder %s was deleted under the run: up to %d points are lost, and what else had not been"
-            " delivered. What is logged from now on goes into a new folder there",
+            "the spool folder %s was deleted under the run, or its files closed: up to %d points are lost, and what"
+            " else had not been delivered. What is logged from now on goes into new files there",
             self._folder,
             lost,
         )
 
+    def _close(self, files: FileSet) -> None:
+        if not files.is_open():
+            # Somebody closed our descriptors by number, and what is open under them now is his. A mapping has one that
+            # can't be looked at, and closes it when it goes: so it never goes.
+            self._stranded.append(files)
+        files.close()
+
     def _open(self, role: str) -> FileSet:
         while self._inherited:
-            self._inherited.pop().close()
+            self._close(self._inherited.pop())
         self._make()
         if self._mapped is None:
             self._mapped = may_map(self._folder)

@@ -17,8 +17,10 @@ from tests.unit.cli.made import FILE, MLFLOW, deliver, make_run
 from tracelet.cli import prune
 from tracelet.cli.facts import look
 from tracelet.cli.main import main
+from tracelet.settings import Keep
 from tracelet.spool import store
 from tracelet.spool.lease import ShipperLock
+from tracelet.spool.store import list_runs
 
 TRACELET = (sys.executable, "-m", "tracelet")
 
@@ -204,4 +206,14 @@ def test_a_run_that_is_being_shipped_is_not_deleted(spool: Path, capsys: pytest.
 def test_what_can_not_be_meant_deletes_nothing(spool: Path, argv: list[str]) -> None:
     folder = make_run(spool)
     assert main(["prune", *argv, "--yes"]) != 0
+    assert folder.exists()
+
+
+def test_a_run_to_which_a_program_has_added_since_it_was_looked_at_is_not_deleted(spool: Path) -> None:
+    folder = make_run(spool, "old")
+    deliver(folder)
+    aged(folder, 8)
+    (piece,) = prune.plan([look(entry) for entry in list_runs(spool)], Keep(), now_s=time.time())
+    make_run(spool, "old")  # once more, by a program that is over before anything is deleted
+    assert not prune._delete(piece)
     assert folder.exists()

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.shipping import Alive, add_attempt, destination, end, open_writer, put, shipment, start
+from tests.shipping import Alive, add_attempt, destination, end, open_writer, put, shipment, start, until
 from tracelet import ids
 from tracelet.errors import IntegrationUnavailable
 from tracelet.exporters.base import Exporter
@@ -681,3 +681,24 @@ def test_a_writer_that_was_taken_for_dead_and_lives_is_read_on(bench: Bench) -> 
     bench.writer.log("loss", 2.0, 1)
     bench.settle(lane)
     assert len(exporter.store.points()) == 2
+
+
+class Wordless(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("it has no words")
+
+
+@pytest.mark.parametrize(
+    "raised", [SystemExit(3), GeneratorExit(), Wordless()], ids=["SystemExit", "GeneratorExit", "wordless"]
+)
+def test_nothing_that_an_exporter_raises_ends_the_thread_of_its_destination(
+    bench: Bench, raised: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "strict", False)
+    exporter = InMemoryExporter(answers=[raised, Delivered()])
+    bench.writer.log("loss", 1.0, 0)
+    made = shipment(bench.folder, {"a": exporter})
+    made.tick()
+    until(lambda: made.lanes["memory-a"].counts == (1, 0))
+    made.close()
+    assert len(exporter.store.points()) == 1
