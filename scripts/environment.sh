@@ -1,5 +1,5 @@
 #!/bin/sh
-# Makes .venv and installs this project into it, with what `demo` or `dev` (demo, tests and checks) needs.
+# Makes .venv and installs this project into it, with what `demo` or `dev` (demo, tests, fuzzer and checks) needs.
 # PYTHON=/path/to/python chooses the interpreter; otherwise the first of PATH that is new enough.
 set -eu
 cd "$(dirname "$0")/.."
@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 kind=${1:?usage: scripts/environment.sh demo|dev}
 case $kind in
     demo) groups="demo" ;;
-    dev) groups="test check" ;;
+    dev) groups="test fuzz check" ;;
     *) echo "scripts/environment.sh: '$kind' is neither demo nor dev" >&2; exit 2 ;;
 esac
 venv=.venv

@@ -559,7 +559,13 @@ def choose(
     destinations: list[dict[str, Any]] = []
     secrets: dict[str, dict[str, Any]] = {}
     for spec in specs:
-        destination, own = to_destination(_filled(spec, settings), environ, cwd)
+        try:
+            destination, own = to_destination(_filled(spec, settings), environ, cwd)
+        except ValueError as error:  # urllib's: half a pair of brackets around a host, for example
+            raise ConfigError(
+                f"an address of {_KINDS[type(spec)]} is none: {error}: look at the variables and arguments that name it",
+                backend=_KINDS[type(spec)],
+            ) from None
         if settings is not None and destination["kind"] == "otlp":
             destination["spec"]["window_age_s"] = settings.window_age_s
         if any(destination["id"] == other["id"] for other in destinations):

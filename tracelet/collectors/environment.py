@@ -233,8 +233,8 @@ def read_git(folder: Path) -> Git:
         return Git()
     try:
         return _read_git(root)
-    except (OSError, UnicodeDecodeError):
-        return Git()  # not readable by us: then nothing is known
+    except (OSError, ValueError):
+        return Git()  # not readable by us, no text, an address that is none: then nothing is known
 
 
 def _read_git(root: Path) -> Git:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from tracelet import codec
+from tracelet.errors import SpoolFormatError
 from tracelet.exporters.base import Refusal
 from tracelet.records import WriterOpened
 
@@ -157,7 +158,10 @@ class DeadLetters:
             opened, writer = letter.line.get("opened"), letter.at.get("writer")
             if not isinstance(opened, Mapping) or not isinstance(writer, str):
                 continue
-            record = codec.decode(codec.kind_of(WriterOpened), json.dumps(opened).encode())
+            try:
+                record = codec.decode(codec.kind_of(WriterOpened), json.dumps(opened).encode())
+            except SpoolFormatError:  # its letters are then refused by name, and keep nothing else back
+                continue
             if isinstance(record, WriterOpened):
                 found.setdefault(writer, record)
         return found

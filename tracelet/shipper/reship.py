@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
+from tracelet import codec
+from tracelet.errors import SpoolFormatError
 from tracelet.exporters.base import Refusal
 from tracelet.guard import logger
 from tracelet.records import (
@@ -132,11 +134,16 @@ def why_not(letter: Letter, openings: Mapping[str, WriterOpened]) -> str | None:
         return f"it is of version {letter.version!r}, which this release doesn't know"
     if letter.what in _UNREADABLE:
         return "it could not be read from the spool: there is nothing to send"
-    if letter.at.get("writer") not in openings:
+    writer = letter.at.get("writer")
+    if not isinstance(writer, str) or writer not in openings:
         return "nothing tells which process logged it"
     try:
-        _Part("", openings[str(letter.at["writer"])]).take(letter)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        part = _Part("", openings[writer])
+        part.take(letter)
+        for record in part.records:
+            if type(record) in codec.KINDS.values():  # its fields have the types that exporters rely on
+                codec.decode(*codec.encode(record))
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, SpoolFormatError) as error:
         return f"its facts don't say what was logged ({type(error).__name__}: {error})"
     return None
 

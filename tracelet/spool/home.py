@@ -67,7 +67,7 @@ def read_lease(folder: Path) -> Lease | None:
     try:
         fields = json.loads((folder / LEASE).read_bytes())
         return Lease(str(fields["holder"]), int(fields["beat"]), int(fields["renewed_unix_nano"]), str(fields["host"]))
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return None
 
 

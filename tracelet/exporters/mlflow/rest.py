@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import quote, urlencode
 
@@ -18,6 +19,7 @@ _API = "/api/2.0/mlflow/"
 _TRACES = "/v1/traces"
 _SAID_CHARS = 500  # of a server's answer in an error text
 _HISTORY_PAGE = 25_000
+_NOT_WHAT_IT_SAYS = (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
 
 
 class RestTransport:
@@ -31,8 +33,9 @@ class RestTransport:
         found = self._get("experiments/get-by-name", {"experiment_name": name})
         if found is None:
             return None
-        experiment = found["experiment"]
-        return ExperimentView(str(experiment["experiment_id"]), experiment.get("lifecycle_stage") == "deleted")
+        with self._understood(NotNow):
+            experiment = found["experiment"]
+            return ExperimentView(str(experiment["experiment_id"]), experiment.get("lifecycle_stage") == "deleted")
 
     def create_experiment(self, name: str) -> None:
         """Somebody else's creation at the same moment is as good."""
@@ -54,8 +57,9 @@ class RestTransport:
                 "order_by": ["attributes.start_time ASC"],
             },
         )
-        runs = [_run_view(run) for run in found.get("runs", ())]
-        return sorted(runs, key=lambda run: (run.start_time, run.run_id))
+        with self._understood(NotNow):
+            runs = [_run_view(run) for run in found.get("runs", ())]
+            return sorted(runs, key=lambda run: (run.start_time, run.run_id))
 
     def create_run(
         self, experiment_id: str, user_id: str, start_time: int, run_name: str, tags: Mapping[str, str]
@@ -71,12 +75,14 @@ class RestTransport:
                 "tags": [{"key": key, "value": value} for key, value in tags.items()],
             },
         )
-        return _run_view(made["run"])
+        with self._understood(Unclear):
+            return _run_view(made["run"])
 
     def run(self, run_id: str) -> RunView | None:
         """3 ms at any size of the run."""
         found = self._get("runs/get", {"run_id": run_id})
-        return None if found is None else _run_view(found["run"])
+        with self._understood(NotNow):
+            return None if found is None else _run_view(found["run"])
 
     def log_metrics(self, run_id: str, rows: Sequence[MetricRow]) -> None:
         """One transaction at the server."""
@@ -133,10 +139,11 @@ class RestTransport:
     def has_metric_row(self, run_id: str, row: MetricRow) -> bool:
         """Pages through the key's history; 30 us a row."""
         key, value, timestamp, step = row
-        return any(
-            (m["timestamp"], m["step"]) == (timestamp, step) and _same(float(m["value"]), value)
-            for m in self._history(run_id, key)
-        )
+        with self._understood(NotNow):
+            return any(
+                (m["timestamp"], m["step"]) == (timestamp, step) and _same(float(m["value"]), value)
+                for m in self._history(run_id, key)
+            )
 
     def close(self) -> None:
         """Drop the connection."""
@@ -155,6 +162,8 @@ class RestTransport:
             token = page.get("next_page_token")
             if not token:
                 return
+            if token == asked.get("page_token"):
+                raise ValueError("the page after this one is this one")
             asked["page_token"] = token
 
     def _get(self, call: str, query: Mapping[str, Any]) -> Any:
@@ -178,15 +187,23 @@ class RestTransport:
     def _send(self, method: str, path: str, body: bytes | None) -> Any:
         reply = self.connection.request(method, _API + path, body)
         if reply.status == 200:
-            try:
-                return json.loads(reply.body)
-            except ValueError as error:
-                raise NotNow(
-                    f"{self.connection.origin}{self.connection.prefix} answers, but not as an MLflow server does:"
-                    f" {_said(reply)!r}; check the tracking URI",
-                    loud=True,
-                ) from error
+            with self._understood(NotNow, reply):
+                return dict(json.loads(reply.body))
         raise explain(reply, self.connection)
+
+
+    @contextmanager
+    def _understood(self, kind: type[NotNow], reply: Reply | None = None) -> Iterator[None]:
+        """An answer that is not what an MLflow server says is no fault of ours: a `kind` that says so."""
+        try:
+            yield
+        except _NOT_WHAT_IT_SAYS as error:
+            said = repr(_said(reply)) if reply is not None else f"{type(error).__name__}: {error}"[:_SAID_CHARS]
+            raise kind(
+                f"{self.connection.origin}{self.connection.prefix} answers, but not as an MLflow server does: {said};"
+                " check the tracking URI",
+                loud=True,
+            ) from error
 
 
 def explain(reply: Reply, connection: Connection) -> NotNow | Refused:
@@ -277,7 +294,7 @@ def _said(reply: Reply) -> str:
     text = reply.body[: 4 * _SAID_CHARS].decode("utf-8", "replace")
     try:
         text = str(json.loads(reply.body)["message"])
-    except (ValueError, KeyError, TypeError):
+    except _NOT_WHAT_IT_SAYS:
         pass
     return text.strip()[:_SAID_CHARS]
 
@@ -285,7 +302,7 @@ def _said(reply: Reply) -> str:
 def _error_code(reply: Reply) -> str | None:
     try:
         return str(json.loads(reply.body)["error_code"])
-    except (ValueError, KeyError, TypeError):
+    except _NOT_WHAT_IT_SAYS:
         return None
 
 
