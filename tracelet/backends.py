@@ -260,6 +260,21 @@ def _names() -> str:
 
 
 def to_destination(spec: Spec, environ: Mapping[str, str], cwd: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """As `_to_destination`; an address that urllib can't take apart (half a pair of brackets) is named, too.
+
+    Raises:
+        ConfigError: an address that can't be right, or one of a kind that is not built yet.
+    """
+    try:
+        return _to_destination(spec, environ, cwd)
+    except ValueError as error:
+        kind = _KINDS[type(spec)]
+        raise ConfigError(
+            f"an address of {kind} is none: {error}: look at the variables and arguments that name it", backend=kind
+        ) from None
+
+
+def _to_destination(spec: Spec, environ: Mapping[str, str], cwd: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The manifest's entry of `spec` {id, kind, spec}, absolute and without secrets; and its secrets.
 
     The id is made of the address alone, so that a new token or timeout stays the same destination.
@@ -559,13 +574,7 @@ def choose(
     destinations: list[dict[str, Any]] = []
     secrets: dict[str, dict[str, Any]] = {}
     for spec in specs:
-        try:
-            destination, own = to_destination(_filled(spec, settings), environ, cwd)
-        except ValueError as error:  # urllib's: half a pair of brackets around a host, for example
-            raise ConfigError(
-                f"an address of {_KINDS[type(spec)]} is none: {error}: look at the variables and arguments that name it",
-                backend=_KINDS[type(spec)],
-            ) from None
+        destination, own = to_destination(_filled(spec, settings), environ, cwd)
         if settings is not None and destination["kind"] == "otlp":
             destination["spec"]["window_age_s"] = settings.window_age_s
         if any(destination["id"] == other["id"] for other in destinations):

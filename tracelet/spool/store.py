@@ -183,7 +183,11 @@ _ATTEMPT_TYPES: dict[str, _Type] = {
     "ended": (dict, type(None)),
     "shipper": str,
     "lease_until_unix_nano": (int, type(None)),
+    "launch": dict,
+    "keep": (dict, type(None)),
+    "max_bytes": (int, type(None)),
 }
+_LAUNCH_TYPES: dict[str, _Type] = {"world": int, "restarts": list, "ranks": dict}
 _ENDED_TYPES: dict[str, _Type] = {
     "status": str,
     "end_unix_nano": int,
@@ -261,6 +265,9 @@ def _expect_attempt(attempt: Any) -> None:
         _expect(destination, {"id": str, "kind": str, "spec": dict})
         if not _IS_ID.fullmatch(destination["id"]) or not destination["kind"]:
             raise ValueError(f"a destination has the id {destination['id']!r}")
+    _expect(attempt.get("launch", {}), _LAUNCH_TYPES)
+    if not all(type(restarts) is int for restarts in attempt.get("launch", {"restarts": ()})["restarts"]):
+        raise ValueError(f"launch is {attempt['launch']!r}")
     ended = attempt.get("ended")
     if ended is not None:
         _expect({"status": None, "end_unix_nano": None, **ended}, _ENDED_TYPES)

@@ -191,7 +191,6 @@ class RestTransport:
                 return dict(json.loads(reply.body))
         raise explain(reply, self.connection)
 
-
     @contextmanager
     def _understood(self, kind: type[NotNow], reply: Reply | None = None) -> Iterator[None]:
         """An answer that is not what an MLflow server says is no fault of ours: a `kind` that says so."""
