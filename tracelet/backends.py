@@ -267,7 +267,7 @@ def to_destination(spec: Spec, environ: Mapping[str, str], cwd: Path) -> tuple[d
     """
     try:
         return _to_destination(spec, environ, cwd)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # RuntimeError: whose home is meant by a path's ~ can't be told
         kind = _KINDS[type(spec)]
         raise ConfigError(
             f"an address of {kind} is none: {error}: look at the variables and arguments that name it", backend=kind

@@ -161,7 +161,10 @@ def _parse_dir(value: object) -> Path:
         value = os.fspath(value)
     if not isinstance(value, str) or not value.strip() or "\0" in value:
         raise ValueError("a folder")
-    return Path(value).expanduser()
+    try:
+        return Path(value).expanduser()
+    except RuntimeError:  # nobody of that name, or no home to be found
+        raise ValueError("a folder; whose home is meant by its ~ can't be told") from None
 
 
 def _parse_file(value: object) -> Path:

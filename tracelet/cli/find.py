@@ -52,7 +52,10 @@ def select(spool: Path, wanted: str) -> list[store.RunFolder]:
     """
     entries = all_runs(spool)
     if os.sep in wanted or wanted in (".", ".."):
-        return _at(Path(wanted).expanduser().absolute())
+        try:
+            return _at(Path(wanted).expanduser().absolute())
+        except RuntimeError:
+            raise UsageError(f"{wanted}: whose home is meant by its ~ can't be told") from None
     exact = [entry for entry in entries if entry.run_id == wanted]
     found = exact or [entry for entry in entries if entry.run_id.startswith(wanted)]
     if not found:

@@ -89,7 +89,10 @@ def _port_or_off(value: object) -> int | None:
 
 
 def _path(value: object) -> Path:
-    return Path(_text(value)).expanduser().absolute()
+    try:
+        return Path(_text(value)).expanduser().absolute()
+    except RuntimeError:
+        raise ValueError("a path; whose home is meant by its ~ can't be told") from None
 
 
 def _yes(value: object) -> bool:

@@ -21,6 +21,7 @@ _ONLY_ATTEMPT = "0" * 16  # of a Resource that names none: a program that made i
 _RANKS = range(2**31)
 _NAMED_VERSIONS = 16
 _DEPTH = 32
+_NESTED = ("array_value", "kvlist_value")
 _MAJOR = semconv.WIRE_VERSION.partition(".")[0]
 
 
@@ -62,11 +63,11 @@ def scalar(value: Any) -> Scalar:
     if kind in ("string_value", "int_value", "double_value", "bool_value"):
         plain: Scalar = getattr(value, kind)
         return plain
-    if kind is None:
-        return ""
     if kind == "bytes_value":
         return base64.b64encode(value.bytes_value).decode()
-    return json.dumps(_plain(value, _DEPTH), ensure_ascii=False)
+    if kind in _NESTED:
+        return json.dumps(_plain(value, _DEPTH), ensure_ascii=False)
+    return ""  # also of a kind that only another signal has (an index into a profile's table), or a newer OTLP
 
 
 def _plain(value: Any, depth: int) -> Any:
