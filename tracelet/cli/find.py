@@ -54,8 +54,8 @@ def select(spool: Path, wanted: str) -> list[store.RunFolder]:
     if os.sep in wanted or wanted in (".", ".."):
         try:
             return _at(Path(wanted).expanduser().absolute())
-        except RuntimeError:
-            raise UsageError(f"{wanted}: whose home is meant by its ~ can't be told") from None
+        except (RuntimeError, ValueError, OSError) as error:  # a ~ of nobody; a name that is too long
+            raise UsageError(f"{wanted!a} can't be looked at: {error}") from None
     exact = [entry for entry in entries if entry.run_id == wanted]
     found = exact or [entry for entry in entries if entry.run_id.startswith(wanted)]
     if not found:
