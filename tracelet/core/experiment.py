@@ -182,7 +182,8 @@ class Experiment:
         while self._early:
             call = self._early.pop(0)
             try:
-                call()
+                with guard("make up for a handler's call"):
+                    call()
             except TraceletError as error:
                 guard.limited("make up a handler's call", "a call of a signal's handler comes to nothing: %s", error)
 

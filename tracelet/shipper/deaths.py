@@ -205,7 +205,8 @@ class Deaths:
         except (OSError, AttributeError):  # gone already, a seccomp filter, an old kernel: the lock is polled
             return
         # Each takes a descriptor for as long as its process lives: half of them are left for what is read and sent.
-        if pidfd >= resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2:
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        if most != resource.RLIM_INFINITY and pidfd >= most // 2:
             os.close(pidfd)
             return
         if lock_holder(self._folder / f"{writer}.lock") != pid:  # the number may be somebody else's by now
