@@ -1,17 +1,27 @@
-"""Real disks for tests: small file systems that are mounted for one test, filled, and gone after it."""
+"""Real disks for tests: file systems mounted for one test, filled, broken or cut off from power, and gone after it."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import shutil
+import struct
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-__all__ = ["ext", "fill", "tmpfs"]
+__all__ = ["Disk", "after_a_reboot", "disk", "ext", "fill", "needs", "tmpfs"]
+
+MEGABYTES = {"ext2": 8, "ext4": 64, "xfs": 320, "btrfs": 128}
+"""The least, or a size that is good to use: XFS is made no smaller."""
+
+_SHUTDOWN = 0x8004587D  # FS_IOC_SHUTDOWN, linux/fs.h
+_NO_LOG_FLUSH = 2  # of FS_SHUTDOWN_FLAGS: as it is, without writing down anything more
 
 
 @contextmanager
@@ -24,15 +34,68 @@ def tmpfs(at: Path, size: str) -> Iterator[Path]:
 @contextmanager
 def ext(at: Path, kind: str, megabytes: int) -> Iterator[Path]:
     """An ext2 (which has no fallocate) or ext4 file system in a file."""
-    image = at.with_name(f"{at.name}.{kind}")
+    with disk(at, kind, megabytes=megabytes):
+        yield at
+
+
+def needs(*programs: str) -> None:
+    """Skip the test where one of these isn't installed; with TRACELET_TEST_REQUIRE_STACK=1 that is an error."""
+    missing = [name for name in programs if shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin") is None]
+    if not missing:
+        return
+    said = f"{', '.join(missing)} is not here: scripts/system_packages.sh disks installs what this needs"
+    if os.environ.get("TRACELET_TEST_REQUIRE_STACK") == "1":
+        pytest.fail(said)
+    pytest.skip(said)
+
+
+class Disk:
+    """A file system over an image file, which can lose its power."""
+
+    def __init__(self, at: Path, kind: str, image: Path, options: str = "loop") -> None:
+        self.at = at
+        self.image = image
+        self._mount = ("-t", kind, "-o", options, str(image))
+
+    def __enter__(self) -> Disk:
+        self.at.mkdir(exist_ok=True)
+        _mount(self.at, *self._mount)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        subprocess.run(["umount", "-l", str(self.at)], check=True)
+
+    def lose_power(self) -> None:
+        """From now on nothing reaches the disk any more: what the kernel has in memory alone is lost with `restart`.
+
+        The file system is shut down without a last word. What is open stays open, and gets errors.
+        """
+        folder = os.open(self.at, os.O_RDONLY)
+        try:
+            fcntl.ioctl(folder, _SHUTDOWN, struct.pack("I", _NO_LOG_FLUSH))
+        finally:
+            os.close(folder)
+
+    def restart(self) -> None:
+        """Mount anew what the disk has; the file system replays its journal. Nobody may have a file open."""
+        subprocess.run(["umount", str(self.at)], check=True)
+        _mount(self.at, *self._mount)
+
+
+@contextmanager
+def disk(at: Path, kind: str, *, megabytes: int | None = None, image: Path | None = None) -> Iterator[Disk]:
+    """A file system of this kind in an image file, by default beside `at`."""
+    image = at.with_name(f"{at.name}.{kind}") if image is None else image
+    make = {"xfs": ["mkfs.xfs", "-q"], "btrfs": ["mkfs.btrfs", "-q"]}.get(kind, ["mke2fs", "-q", "-F", "-t", kind])
+    needs(make[0])
     with open(image, "wb") as file:
-        file.truncate(megabytes * 2**20)
-    made = subprocess.run(["mke2fs", "-q", "-F", "-t", kind, str(image)], capture_output=True, check=False)
-    if made.returncode != 0:
-        pytest.skip(f"mke2fs made no {kind}")
+        file.truncate((MEGABYTES[kind] if megabytes is None else megabytes) * 2**20)
     try:
-        with _mounted(at, "-o", "loop", "-t", kind, str(image)):
-            yield at
+        made = subprocess.run([*make, str(image)], capture_output=True, text=True, env=_environment(), check=False)
+        if made.returncode != 0:
+            pytest.skip(f"{make[0]} made no {kind}: {made.stderr}")
+        with Disk(at, kind, image) as one:
+            yield one
     finally:
         image.unlink()
 
@@ -40,12 +103,34 @@ def ext(at: Path, kind: str, megabytes: int) -> Iterator[Path]:
 @contextmanager
 def _mounted(at: Path, *options: str) -> Iterator[None]:
     at.mkdir(exist_ok=True)
-    if os.geteuid() != 0 or subprocess.run(["mount", *options, str(at)], capture_output=True, check=False).returncode:
-        pytest.skip("mounting a small file system needs root with CAP_SYS_ADMIN")
+    _mount(at, *options)
     try:
         yield
     finally:
         subprocess.run(["umount", "-l", str(at)], check=True)
+
+
+def _mount(at: Path, *options: str) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root with CAP_SYS_ADMIN")
+    done = subprocess.run(["mount", *options, str(at)], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.skip(f"mounting a small file system needs root with CAP_SYS_ADMIN: {done.stderr.strip()}")
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"}
+
+
+def after_a_reboot(folder: Path, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run `tracelet` as on this host after another start of it: the kernel's boot id is another one."""
+    other = folder / "boot_id"
+    other.write_text("00000000-1111-2222-3333-444444444444\n")
+    script = 'mount --bind "$0" /proc/sys/kernel/random/boot_id && exec "$@"'
+    command = ["unshare", "-m", "sh", "-c", script, str(other), sys.executable, "-m", "tracelet", *arguments]
+    return subprocess.run(
+        command, cwd=folder, env={**os.environ, **environ}, capture_output=True, text=True, timeout=60, check=False
+    )
 
 
 def fill(ballast: Path) -> None:

@@ -70,6 +70,15 @@ class Delivery:
             self._progress = Progress(self._folder)
         return self._progress
 
+    def _look(self) -> Progress:
+        """How far each destination is now; as of the last look where the disk can't be read."""
+        progress = self.progress
+        try:
+            progress.refresh()
+        except OSError as error:
+            guard.limited("look how far it is", "what has been delivered can't be read at present: %s", error)
+        return progress
+
     def passed(self, writer: str) -> tuple[int, int]:
         """The segment and slot of `writer` that every destination is known to have reached; reads nothing anew."""
         known = [one.positions.get(writer) for one in self.progress.destinations.values()]
@@ -109,7 +118,7 @@ class Delivery:
         if here and self._in_process is None and self._first and ticket.rank == 0:
             module = import_module("tracelet.shipper.inprocess")
             self._in_process = module.start(self._folder, here, ticket.secrets, ticket.environ)
-        if len(here) == len(ticket.destinations) or lease.shipper_alive(self._folder) is not None:
+        if len(here) == len(ticket.destinations) or self._is_served():
             return
         if self._shipper is not None and not self._shipper.has_ended():
             return  # on its way to the lock
@@ -133,6 +142,13 @@ class Delivery:
                 self._folder,
             )
 
+    def _is_served(self) -> bool:
+        try:
+            return lease.shipper_alive(self._folder) is not None
+        except OSError as error:
+            guard.limited("see to a shipper", "whether a shipper is at work can't be told: %s", error)
+            return True  # one that is started now could not read the folder either
+
     def wait(
         self,
         reached: Callable[[Progress], bool],
@@ -149,8 +165,7 @@ class Delivery:
         looked_after = started
         before: object = None
         while True:
-            progress = self.progress
-            progress.refresh()
+            progress = self._look()
             if reached(progress):
                 return True
             now = time.monotonic()
@@ -212,7 +227,7 @@ class Delivery:
     def stats(self) -> Stats:
         """Counts as of now; reads what the journals appended since the last look."""
         counts = self._writer.counts()
-        self.progress.refresh()
+        self._look()
         at = [
             self.progress.destinations[d["id"]]
             for d in self._ticket.destinations
@@ -243,7 +258,7 @@ class Delivery:
         ticket = self._ticket
         if not ticket.destinations or ticket.shipper == "off":
             return True
-        if not self._folder.exists():
+        if self._is_gone():
             logger.warning(
                 "run %s: its folder was deleted, and there is no new one: nothing more of it is delivered, and its"
                 " destinations don't hear of its end", ticket.run_id
@@ -279,6 +294,15 @@ class Delivery:
             self._tell_rest()
         return done
 
+    def _is_gone(self) -> bool:
+        try:
+            os.stat(self._folder)
+        except FileNotFoundError:
+            return True
+        except OSError:  # a disk that can't be read is not a folder that was deleted
+            return False
+        return False
+
     def _served_here(self) -> list[str]:
         """The destinations (ids) that a thread of this very process serves beside the shipper."""
         return [d["id"] for d in self._ticket.destinations if d.get("in_process") and self._in_process is not None]
@@ -290,8 +314,11 @@ class Delivery:
 
     def _others_live(self) -> bool:
         mine = self._writer.writer_ids()
-        others = {path.stem for path in self._folder.glob("*.lock")} - {*mine, "manifest", "shipper"}
-        return any(lease.is_alive(self._folder, writer) for writer in others)
+        try:
+            others = {path.stem for path in self._folder.glob("*.lock")} - {*mine, "manifest", "shipper"}
+            return any(lease.is_alive(self._folder, writer) for writer in others)
+        except OSError:  # not to be told: waiting for them would be in vain
+            return False
 
     def _tell_rest(self) -> None:
         left = self._unended([d["id"] for d in self._ticket.destinations])

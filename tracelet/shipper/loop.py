@@ -303,6 +303,8 @@ class Lane:
             assembled.stamps,
             extra=assembled.extra,
         )
+        if _shows_repeats(exporter):
+            self._journal.sync()
 
     def _attempt(self, exporter: Exporter) -> float:
         assembled = self._assembled
@@ -364,6 +366,8 @@ class Lane:
         self._positions.update(self._journal.positions)
         self.active_at = self.moved_at = self._clock.monotonic()
         self._well()
+        if _shows_repeats(exporter):
+            self._journal.sync()  # last: the batch is through, whatever the disk says to this
 
     def _remember(self, exporter: Exporter) -> None:
         memory = exporter.memory()
@@ -440,6 +444,10 @@ class Lane:
         self.trouble = answer.reason
         self._not_before = self._clock.monotonic() + delay
         return delay
+
+
+def _shows_repeats(exporter: Exporter) -> bool:
+    return bool(getattr(exporter, "shows_repeats", False))
 
 
 def _placed(refused: tuple[Refusal, ...], batch: Batch) -> tuple[Refusal, ...]:

@@ -8,12 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 from tracelet.exporters.base import Refusal
+from tracelet.guard import guard
 from tracelet.records import ArtifactLogged
 from tracelet.shipper.batches import Assembled
 from tracelet.shipper.deadletter import DeadLetters
 from tracelet.shipper.roster import frames_of
 from tracelet.shipper.site import Site
 from tracelet.spool import store
+from tracelet.spool.cursor import sync_journals
 from tracelet.spool.disk import may_map
 from tracelet.spool.files import SPARES
 from tracelet.spool.reader import Position, SpoolReader
@@ -110,21 +112,38 @@ class Upkeep:
                     if complete:
                         del self._arrived[record.stored]
                 if complete:
-                    (self._site.folder / record.stored).unlink(missing_ok=True)
+                    self._forget([record.stored])
 
     def finish(self, lanes: Sequence[Destination], keep: store.KeepRule, now_s: float) -> None:
         """The run is delivered everywhere: what is left goes to delivered/, and from there what `keep` doesn't keep."""
         site = self._site
         self.drop_spares()
         refused = self._refused_copies()
-        for writer in site.writers:
-            for record in frames_of(self._reader, writer):
-                if isinstance(record, ArtifactLogged) and record.stored is not None and record.stored not in refused:
-                    (site.folder / record.stored).unlink(missing_ok=True)
+        copies = [
+            record.stored
+            for writer in site.writers
+            for record in frames_of(self._reader, writer)
+            if isinstance(record, ArtifactLogged) and record.stored is not None and record.stored not in refused
+        ]
+        self._forget([stored for stored in copies if (site.folder / stored).exists()])
         self._seal_all()
         store.move_delivered(site.folder, [lane.positions for lane in lanes], over=site.writers)
         root = site.folder.parent.parent
         store.retain([run.folder for run in store.list_runs(root)], keep, now_s=now_s)
+
+    def _forget(self, copies: Sequence[str]) -> None:
+        """Delete copies that everybody has; that they have them has to be on the disk before.
+
+        After a loss of power a journal that lacks its last seconds would ask for them again, and find none.
+        """
+        if not copies:
+            return
+        try:
+            sync_journals(self._site.folder)
+            for stored in copies:
+                (self._site.folder / stored).unlink(missing_ok=True)
+        except OSError as error:  # they stay; the batch that brought them here is through all the same
+            guard.limited("delete copies", "copies of artifacts that are delivered stay: %s", error)
 
     def _refused_copies(self) -> set[str]:
         """Copies named in a dead letter that waits, by this shipper or one before it."""

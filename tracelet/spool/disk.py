@@ -12,13 +12,15 @@ from pathlib import Path
 
 from tracelet.errors import SpoolError, SpoolFull
 
-__all__ = ["CANT_ALLOCATE", "NO_ROOM", "allocate", "may_map", "refused"]
+__all__ = ["CANT_ALLOCATE", "NO_ROOM", "allocate", "may_map", "refused", "sync_file", "sync_folder"]
 
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """The errors that mean "no room" rather than "not allowed" or "broken"."""
 
 CANT_ALLOCATE = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV})
 """What fallocate(2) says where the file system, or the system, has no such thing."""
+
+_NO_FSYNC = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})  # a file system without it, for folders
 
 _KEEP_SIZE = 1  # FALLOC_FL_KEEP_SIZE, linux/falloc.h
 
@@ -88,6 +90,35 @@ def allocate(fd: int, size: int, *, at: int = 0, keep_size: bool = False) -> Non
         code = _fallocate()(fd, _KEEP_SIZE if keep_size else 0, at, size)
     if code:
         raise OSError(code, os.strerror(code))
+
+
+def sync_file(path: str | Path) -> None:
+    """Bring a file's bytes to the disk, whoever has written them.
+
+    Raises:
+        OSError: the disk would not have them, now or at an earlier try of the kernel's that nobody has heard of yet.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fdatasync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_folder(path: str | Path) -> None:
+    """Bring the names in a folder to the disk: of files that are new there, or were renamed.
+
+    Raises:
+        OSError: the disk would not have them.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in _NO_FSYNC:
+            raise
+    finally:
+        os.close(fd)
 
 
 @functools.cache

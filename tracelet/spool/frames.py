@@ -76,6 +76,7 @@ class FrameWriter:
     ) -> None:
         """`end_kept`: a frame is written only where `RESERVE` bytes behind it have room too; they are the END's."""
         self._sync_at_roll = sync_at_roll
+        self.left: dict[str, None] = {}  # files that were left without a flush, by name
         self._reserve = RESERVE if end_kept else 0
         self._room_to = 0
         self._zeros = False  # room is zeros that are written, because this file system allocates none
@@ -198,6 +199,8 @@ class FrameWriter:
         old = self._fd
         left, self._fd, self._number, self._end, self._room_to = self._end, fd, number, HEADER_SIZE, HEADER_SIZE
         if old >= 0:
+            if not self._sync_at_roll:
+                self.left[frames_name(self._writer, number - 1)] = None
             self._let_go(old, left)
 
     @property

@@ -19,7 +19,7 @@ from zlib import crc32
 
 from tracelet.errors import SpoolFormatError
 from tracelet.guard import guard
-from tracelet.spool.disk import allocate, refused
+from tracelet.spool.disk import allocate, refused, sync_folder
 from tracelet.spool.files import SPARES
 from tracelet.spool.lease import require_own
 from tracelet.spool.points import HEADER_SIZE, SLOT_SIZE, segment_name
@@ -33,6 +33,7 @@ __all__ = [
     "Manifest",
     "RunFolder",
     "beyond_keep",
+    "flush_names",
     "list_runs",
     "make_spares",
     "move_delivered",
@@ -80,6 +81,18 @@ def make_folder(folder: Path) -> Path:
         if not parent.exists():
             parent.mkdir(mode=0o700, exist_ok=True)
     return folder
+
+
+def flush_names(folder: Path) -> None:
+    """Make a run's folder itself, and the names of all files in it, survive a loss of power.
+
+    Raises:
+        OSError: the disk would not have them.
+    """
+    sync_folder(folder)
+    sync_folder(folder.parent)
+    with contextlib.suppress(PermissionError):  # others' place for all of their spools may be closed to readers
+        sync_folder(folder.parent.parent)
 
 
 # ---- the manifest -----------------------------------------------------------------------------------------------
@@ -213,6 +226,10 @@ def _read_manifest(path: Path) -> Manifest | None:
         text = path.read_bytes()
     except FileNotFoundError:
         return None
+    except PermissionError:
+        raise
+    except OSError as error:  # a disk that fails: as good as damaged
+        raise SpoolFormatError(f"{path} can't be read ({error.strerror or error})", path=str(path)) from error
     try:
         fields = json.loads(text)
         check = fields.pop(_CHECK, None)
@@ -292,7 +309,7 @@ def _update_manifest(folder: Path, change: Callable[[Manifest | None], Manifest]
         manifest = change(read_manifest(folder))
         fields = _to_json(manifest)
         data = (json.dumps({**fields, _CHECK: _check(fields)}, indent=1) + "\n").encode("ascii")
-        write_whole(folder / MANIFEST, data)
+        write_whole(folder / MANIFEST, data, durable=True)
         with contextlib.suppress(OSError):  # an older copy is better than none
             write_whole(folder / COPY, data)
         return manifest
@@ -300,13 +317,19 @@ def _update_manifest(folder: Path, change: Callable[[Manifest | None], Manifest]
         os.close(fd)
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Put `data` at `path` in one step: it appears whole or not at all."""
+def write_whole(path: Path, data: bytes, *, durable: bool = False) -> None:
+    """Put `data` at `path` in one step: it appears whole or not at all.
+
+    `durable`: after a loss of power, too. Without, the name may be on the disk before the bytes are: an empty file.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with open(fd, "wb") as file:
             file.write(data)
+            if durable:
+                file.flush()
+                os.fsync(fd)
         os.rename(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
