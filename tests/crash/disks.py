@@ -15,7 +15,9 @@ from pathlib import Path
 
 import pytest
 
-__all__ = ["Disk", "after_a_reboot", "disk", "ext", "fill", "needs", "tmpfs"]
+from tests.stack.harness import lacking
+
+__all__ = ["Disk", "after_a_reboot", "disk", "ext", "fill", "program", "tmpfs"]
 
 MEGABYTES = {"ext2": 8, "ext4": 64, "xfs": 320, "btrfs": 128}
 """The least, or a size that is good to use: XFS is made no smaller."""
@@ -38,32 +40,34 @@ def ext(at: Path, kind: str, megabytes: int) -> Iterator[Path]:
         yield at
 
 
-def needs(*programs: str) -> None:
-    """Skip the test where one of these isn't installed; with TRACELET_TEST_REQUIRE_STACK=1 that is an error."""
-    missing = [name for name in programs if shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin") is None]
-    if not missing:
-        return
-    said = f"{', '.join(missing)} is not here: scripts/system_packages.sh disks installs what this needs"
-    if os.environ.get("TRACELET_TEST_REQUIRE_STACK") == "1":
-        pytest.fail(said)
-    pytest.skip(said)
+PACKAGES = {
+    "mke2fs": "e2fsprogs",
+    "mkfs.xfs": "xfsprogs",
+    "mkfs.btrfs": "btrfs-progs",
+    "sshfs": "sshfs",
+    "fusermount3": "fuse3",
+    "sshd": "openssh-server",
+    "ssh-keygen": "openssh-client",
+    "unshare": "util-linux",
+}
+"""The programs that tests with disks start, and the package of Debian and Ubuntu that has each."""
+
+_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin"])
+
+
+def program(name: str) -> str:
+    """The path of a program; skips the test where it is not there (fails it where the stack is required)."""
+    return shutil.which(name, path=_PATH) or lacking(f"there is no {name} here; Debian has it in {PACKAGES[name]}")
 
 
 class Disk:
     """A file system over an image file, which can lose its power."""
 
-    def __init__(self, at: Path, kind: str, image: Path, options: str = "loop") -> None:
+    def __init__(self, at: Path, kind: str, image: Path) -> None:
         self.at = at
-        self.image = image
-        self._mount = ("-t", kind, "-o", options, str(image))
-
-    def __enter__(self) -> Disk:
-        self.at.mkdir(exist_ok=True)
-        _mount(self.at, *self._mount)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        subprocess.run(["umount", "-l", str(self.at)], check=True)
+        self._kind = kind
+        self._image = image
+        _mount(at, "-t", kind, "-o", "loop", str(image))
 
     def lose_power(self) -> None:
         """From now on nothing reaches the disk any more: what the kernel has in memory alone is lost with `restart`.
@@ -77,9 +81,14 @@ class Disk:
             os.close(folder)
 
     def restart(self) -> None:
-        """Mount anew what the disk has; the file system replays its journal. Nobody may have a file open."""
+        """Mount what the disk has: the file system replays its journal. Nobody may have a file open."""
         subprocess.run(["umount", str(self.at)], check=True)
-        _mount(self.at, *self._mount)
+        # A copy: a mount namespace made meanwhile by anybody holds the old one, and would have it mounted once more.
+        copy = self._image.with_name(f"{self._image.name}.copy")
+        subprocess.run(["cp", "--sparse=always", str(self._image), str(copy)], check=True)
+        self._image.unlink()
+        os.rename(copy, self._image)
+        _mount(self.at, "-t", self._kind, "-o", "loop", str(self._image))
 
 
 @contextmanager
@@ -87,22 +96,24 @@ def disk(at: Path, kind: str, *, megabytes: int | None = None, image: Path | Non
     """A file system of this kind in an image file, by default beside `at`."""
     image = at.with_name(f"{at.name}.{kind}") if image is None else image
     make = {"xfs": ["mkfs.xfs", "-q"], "btrfs": ["mkfs.btrfs", "-q"]}.get(kind, ["mke2fs", "-q", "-F", "-t", kind])
-    needs(make[0])
+    make[0] = program(make[0])
     with open(image, "wb") as file:
         file.truncate((MEGABYTES[kind] if megabytes is None else megabytes) * 2**20)
     try:
-        made = subprocess.run([*make, str(image)], capture_output=True, text=True, env=_environment(), check=False)
+        made = subprocess.run([*make, str(image)], capture_output=True, text=True, check=False)
         if made.returncode != 0:
             pytest.skip(f"{make[0]} made no {kind}: {made.stderr}")
-        with Disk(at, kind, image) as one:
+        one = Disk(at, kind, image)
+        try:
             yield one
+        finally:
+            subprocess.run(["umount", "-l", str(at)], check=True)
     finally:
         image.unlink()
 
 
 @contextmanager
 def _mounted(at: Path, *options: str) -> Iterator[None]:
-    at.mkdir(exist_ok=True)
     _mount(at, *options)
     try:
         yield
@@ -113,13 +124,10 @@ def _mounted(at: Path, *options: str) -> Iterator[None]:
 def _mount(at: Path, *options: str) -> None:
     if os.geteuid() != 0:
         pytest.skip("mounting a small file system needs root with CAP_SYS_ADMIN")
+    at.mkdir(exist_ok=True)
     done = subprocess.run(["mount", *options, str(at)], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         pytest.skip(f"mounting a small file system needs root with CAP_SYS_ADMIN: {done.stderr.strip()}")
-
-
-def _environment() -> dict[str, str]:
-    return {**os.environ, "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"}
 
 
 def after_a_reboot(folder: Path, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -127,7 +135,18 @@ def after_a_reboot(folder: Path, *arguments: str, **environ: str) -> subprocess.
     other = folder / "boot_id"
     other.write_text("00000000-1111-2222-3333-444444444444\n")
     script = 'mount --bind "$0" /proc/sys/kernel/random/boot_id && exec "$@"'
-    command = ["unshare", "-m", "sh", "-c", script, str(other), sys.executable, "-m", "tracelet", *arguments]
+    command = [
+        program("unshare"),
+        "--mount",
+        "sh",
+        "-c",
+        script,
+        str(other),
+        sys.executable,
+        "-m",
+        "tracelet",
+        *arguments,
+    ]
     return subprocess.run(
         command, cwd=folder, env={**os.environ, **environ}, capture_output=True, text=True, timeout=60, check=False
     )

@@ -22,6 +22,7 @@ from tracelet.guard import guard
 from tracelet.spool.disk import allocate, refused, sync_folder
 from tracelet.spool.files import SPARES
 from tracelet.spool.lease import require_own
+from tracelet.spool.pages import Pages
 from tracelet.spool.points import HEADER_SIZE, SLOT_SIZE, segment_name
 from tracelet.spool.reader import DELIVERED, Position, SpoolReader
 from tracelet.spool.seal import VERSION as SEAL_VERSION
@@ -425,10 +426,11 @@ def make_spares(folder: Path, slots: int = 32768, *, max_bytes: int | None = Non
     return made
 
 
-def seal(folder: Path, writer: str, number: int, *, dead: bool = False) -> bool:
+def seal(folder: Path, writer: str, number: int, *, dead: bool = False, pages: Pages | None = None) -> bool:
     """Seal a segment that nobody writes to any more; False where one of its slots is still in flight.
 
-    `dead`: the writer ended or died, so slots without a marker stay so. Sealed already: True.
+    `dead`: the writer ended or died, so slots without a marker stay so. `pages`: what the caller has found unreadable
+    so far. Sealed already: True.
     """
     if read_seal(folder, writer, number) is not None:
         return True
@@ -442,7 +444,7 @@ def seal(folder: Path, writer: str, number: int, *, dead: bool = False) -> bool:
             SEAL_VERSION,
         )
         return True
-    reader = SpoolReader(folder)
+    reader = SpoolReader(folder, pages=pages)
     try:
         used = reader.used_slots(writer, number)
         if used is None:
@@ -450,7 +452,7 @@ def seal(folder: Path, writer: str, number: int, *, dead: bool = False) -> bool:
         slots, in_flight, fd = used
         if in_flight and not dead:
             return False
-        write_seal(folder, writer, number, fd, slots)
+        write_seal(folder, writer, number, fd, slots, reader.pread)
         return True
     finally:
         reader.close()
