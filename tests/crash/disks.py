@@ -6,9 +6,13 @@ import errno
 import fcntl
 import os
 import shutil
+import signal
+import socket
 import struct
 import subprocess
 import sys
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +21,19 @@ import pytest
 
 from tests.stack.harness import lacking
 
-__all__ = ["Disk", "after_a_reboot", "disk", "ext", "fill", "program", "tmpfs"]
+__all__ = [
+    "Disk",
+    "Sshfs",
+    "after_a_reboot",
+    "as_another_machine",
+    "disk",
+    "ext",
+    "fill",
+    "overlay",
+    "program",
+    "sshfs",
+    "tmpfs",
+]
 
 MEGABYTES = {"ext2": 8, "ext4": 64, "xfs": 320, "btrfs": 128}
 """The least, or a size that is good to use: XFS is made no smaller."""
@@ -45,14 +61,16 @@ PACKAGES = {
     "mkfs.xfs": "xfsprogs",
     "mkfs.btrfs": "btrfs-progs",
     "sshfs": "sshfs",
-    "fusermount3": "fuse3",
-    "sshd": "openssh-server",
-    "ssh-keygen": "openssh-client",
+    "sftp-server": "openssh-sftp-server",
     "unshare": "util-linux",
+    "umount": "util-linux",
+    "filefrag": "e2fsprogs",
 }
 """The programs that tests with disks start, and the package of Debian and Ubuntu that has each."""
 
-_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin"])
+_PATH = os.pathsep.join(
+    [os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin", "/usr/lib/openssh"]
+)
 
 
 def program(name: str) -> str:
@@ -66,7 +84,7 @@ class Disk:
     def __init__(self, at: Path, kind: str, image: Path) -> None:
         self.at = at
         self._kind = kind
-        self._image = image
+        self.image = image
         _mount(at, "-t", kind, "-o", "loop", str(image))
 
     def lose_power(self) -> None:
@@ -84,18 +102,20 @@ class Disk:
         """Mount what the disk has: the file system replays its journal. Nobody may have a file open."""
         subprocess.run(["umount", str(self.at)], check=True)
         # A copy: a mount namespace made meanwhile by anybody holds the old one, and would have it mounted once more.
-        copy = self._image.with_name(f"{self._image.name}.copy")
-        subprocess.run(["cp", "--sparse=always", str(self._image), str(copy)], check=True)
-        self._image.unlink()
-        os.rename(copy, self._image)
-        _mount(self.at, "-t", self._kind, "-o", "loop", str(self._image))
+        copy = self.image.with_name(f"{self.image.name}.copy")
+        subprocess.run(["cp", "--sparse=always", str(self.image), str(copy)], check=True)
+        self.image.unlink()
+        os.rename(copy, self.image)
+        _mount(self.at, "-t", self._kind, "-o", "loop", str(self.image))
 
 
 @contextmanager
 def disk(at: Path, kind: str, *, megabytes: int | None = None, image: Path | None = None) -> Iterator[Disk]:
     """A file system of this kind in an image file, by default beside `at`."""
     image = at.with_name(f"{at.name}.{kind}") if image is None else image
-    make = {"xfs": ["mkfs.xfs", "-q"], "btrfs": ["mkfs.btrfs", "-q"]}.get(kind, ["mke2fs", "-q", "-F", "-t", kind])
+    make = {"xfs": ["mkfs.xfs", "-q"], "btrfs": ["mkfs.btrfs", "-q"]}.get(
+        kind, ["mke2fs", "-q", "-F", "-b", "4096", "-t", kind]
+    )
     make[0] = program(make[0])
     with open(image, "wb") as file:
         file.truncate((MEGABYTES[kind] if megabytes is None else megabytes) * 2**20)
@@ -110,6 +130,17 @@ def disk(at: Path, kind: str, *, megabytes: int | None = None, image: Path | Non
             subprocess.run(["umount", "-l", str(at)], check=True)
     finally:
         image.unlink()
+
+
+@contextmanager
+def overlay(at: Path, lower: Path | None = None) -> Iterator[Path]:
+    """An overlay as a container has it, with its upper layer on the disk that `at` lies on."""
+    under, upper, work = (at.with_name(f"{at.name}-{name}") for name in ("under", "upper", "work"))
+    for one in (under, upper, work):
+        one.mkdir()
+    layers = f"lowerdir={lower or under},upperdir={upper},workdir={work}"
+    with _mounted(at, "-t", "overlay", "-o", layers, "overlay"):
+        yield at
 
 
 @contextmanager
@@ -130,23 +161,62 @@ def _mount(at: Path, *options: str) -> None:
         pytest.skip(f"mounting a small file system needs root with CAP_SYS_ADMIN: {done.stderr.strip()}")
 
 
+class Sshfs:
+    """A folder of another machine, mounted by sshfs: an SFTP server behind it, on this machine, over a pipe."""
+
+    def __init__(self, at: Path, server: Path) -> None:
+        """Mount the folder `server` at `at`."""
+        self.at = at
+        at.mkdir()
+        command = at.with_name(f"{at.name}.sh")
+        self._server = at.with_name(f"{at.name}.pid")
+        command.write_text(f"#!/bin/sh\necho $$ > {self._server}\nexec {program('sftp-server')}\n")
+        command.chmod(0o700)
+        self._process = subprocess.Popen(
+            [program("sshfs"), "-f", "-o", f"ssh_command={command}", f"elsewhere:{server}", str(at)],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        until = time.monotonic() + 30
+        while not os.path.ismount(at):
+            if self._process.poll() is not None or time.monotonic() > until:
+                _, words = self._process.communicate() if self._process.poll() is not None else ("", "it hangs")
+                self.unmount()
+                lacking(f"sshfs could not be mounted here: {words}")
+            time.sleep(0.01)
+
+    def lose_connection(self) -> None:
+        """The server is gone, for good."""
+        os.kill(int(self._server.read_text()), signal.SIGKILL)
+
+    def unmount(self) -> None:
+        """Let it go, whoever has a file open there."""
+        subprocess.run([program("umount"), "-l", str(self.at)], capture_output=True, check=False)
+        self._process.terminate()
+        self._process.communicate(timeout=30)
+
+
+@contextmanager
+def sshfs(at: Path, server: Path) -> Iterator[Sshfs]:
+    """The folder `server` at `at`, as over a network."""
+    mounted = Sshfs(at, server)
+    try:
+        yield mounted
+    finally:
+        mounted.unmount()
+
+
+def as_another_machine(folder: Path, name: str, *command: str) -> list[str]:
+    """The command line of a program that believes itself on a machine of this name, with a boot id of its own."""
+    other = folder / f"boot-{name}"
+    other.write_text(f"{uuid.uuid5(uuid.NAMESPACE_DNS, name)}\n")
+    script = 'mount --bind "$0" /proc/sys/kernel/random/boot_id && hostname "$1" && shift && exec "$@"'
+    return [program("unshare"), "--mount", "--uts", "sh", "-c", script, str(other), name, *command]
+
+
 def after_a_reboot(folder: Path, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
     """Run `tracelet` as on this host after another start of it: the kernel's boot id is another one."""
-    other = folder / "boot_id"
-    other.write_text("00000000-1111-2222-3333-444444444444\n")
-    script = 'mount --bind "$0" /proc/sys/kernel/random/boot_id && exec "$@"'
-    command = [
-        program("unshare"),
-        "--mount",
-        "sh",
-        "-c",
-        script,
-        str(other),
-        sys.executable,
-        "-m",
-        "tracelet",
-        *arguments,
-    ]
+    command = as_another_machine(folder, socket.gethostname(), sys.executable, "-m", "tracelet", *arguments)
     return subprocess.run(
         command, cwd=folder, env={**os.environ, **environ}, capture_output=True, text=True, timeout=60, check=False
     )

@@ -252,7 +252,7 @@ def logged(tmp_path: Path, backend: str) -> None:
 
 
 def lived_through(tmp_path: Path, spool: Path, moments: Moments, at: int) -> None:
-    """Ship a copy of the spool on a disk that loses its power at a line of the shipper; then once more, after a boot."""
+    """Ship a copy of the spool from a disk that loses power at a line of the shipper, and once more after a boot."""
     with disk(tmp_path / "disk", "ext4", megabytes=16) as there:
         shutil.copytree(spool, there.at / "spool")
         subprocess.run(["sync", "-f", str(there.at)], check=True)

@@ -40,6 +40,9 @@ RECEIVED_WRITER_S = 2.0
 
 RECEIVED_IDLE_S = 1.0
 
+REOPEN_S = 1.0
+"""How old what is read of another host's files may be."""
+
 _IDLE_S = ((2.0, 0.05), (30.0, 0.1), (float("inf"), 0.2))  # quiet for less than ...: look again after ...
 
 
@@ -77,7 +80,9 @@ class Lane:
         self._backoff = BackOff() if backoff is None else backoff
         self._on_delivered = on_delivered
         self._sieve = sieve
-        self._reader = SpoolReader(site.folder)
+        self._reader = SpoolReader(
+            site.folder, pages=site.pages, reopen_s=REOPEN_S if site.deaths.from_elsewhere else None
+        )
         self._journal = Journal(site.folder, self.id, clock=lambda: clock.time_ns() / 1e9)
         self._letters = DeadLetters(site.folder, self.id)
         self._reship = Reship(self._letters, wanted=again)

@@ -18,7 +18,6 @@ from tracelet.spool import store
 from tracelet.spool.cursor import sync_journals
 from tracelet.spool.disk import may_map
 from tracelet.spool.files import SPARES
-from tracelet.spool.pages import Pages
 from tracelet.spool.reader import Position, SpoolReader
 
 __all__ = ["Upkeep", "keep_rule", "max_bytes"]
@@ -45,8 +44,7 @@ class Upkeep:
 
     def __init__(self, site: Site) -> None:
         self._site = site
-        self._pages = Pages()
-        self._reader = SpoolReader(site.folder, pages=self._pages)
+        self._reader = SpoolReader(site.folder, pages=site.pages)
         self._sealed: dict[str, int] = {}  # writer -> all its segments up to this one are sealed
         self._kept: set[str] = set()  # copies of artifacts that some destination refused
         self._arrived: dict[str, set[str]] = {}  # copy -> destinations that have it
@@ -84,7 +82,7 @@ class Upkeep:
         for segment in segments if over else segments[:-1]:
             if segment <= done:
                 continue
-            if not store.seal(self._site.folder, writer, segment, dead=over, pages=self._pages):
+            if not store.seal(self._site.folder, writer, segment, dead=over, pages=self._site.pages):
                 return
             self._sealed[writer] = segment
         if over:

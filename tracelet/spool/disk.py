@@ -34,8 +34,9 @@ def refused(folder: Path, error: OSError) -> SpoolError:
     return kind(f"the spool folder {folder} {what} ({error.strerror or error}): {then}", folder=str(folder))
 
 
-# Here an allocated block takes a mapped store whatever happens. On btrfs and ZFS a store needs new room, on NFS and
-# FUSE an answer from somewhere else; a page that can't be had is SIGBUS, which kills training.
+# Here an allocated block takes a mapped store, whether or not the disk has any room left. On btrfs and ZFS a store
+# needs new room, on NFS and FUSE an answer from somewhere else; a page that can't be had is SIGBUS, which kills
+# training. A disk that fails can do that here, too: an XFS that has shut itself down does (docs/decisions/0128).
 _SAFE = frozenset({"ext4", "xfs", "tmpfs"})
 
 

@@ -83,11 +83,16 @@ class WriterLock:
         self.visible = True
 
     def is_there(self) -> bool:
-        """Whether readers can find it. Opens nothing: a descriptor that is closed would drop the lock."""
+        """Whether readers can find it; also where nobody can tell, because the disk doesn't answer.
+
+        Opens nothing: a descriptor that is closed would drop the lock.
+        """
         try:
             return os.path.samestat(os.stat(self.path if self.visible else self._hidden), os.fstat(self._fd))
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
+        except OSError:
+            return True
 
     def discard(self) -> None:
         """Take back a lock that never appeared."""

@@ -11,8 +11,9 @@ import os
 import platform
 import re
 import sys
+import time
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -133,17 +134,36 @@ class _File:
         """The stretches of slots [first, end) that stand on such pages."""
         header = HEADER_SIZE // PAGE
         pages = self._pages.lost(self.fd, header + first // _PAGE_SLOTS, header + (end - 1) // _PAGE_SLOTS + 1)
-        starts = [(page - header) * _PAGE_SLOTS for page in pages]
-        return [(max(first, start), min(end, start + _PAGE_SLOTS)) for start in starts]
+        found: list[tuple[int, int]] = []
+        for page in pages:
+            start = (page - header) * _PAGE_SLOTS
+            a, b = max(first, start), min(end, start + _PAGE_SLOTS)
+            if found and found[-1][1] == a:
+                found[-1] = found[-1][0], b
+            else:
+                found.append((a, b))
+        return found
 
 
 class SpoolReader:
     """Follows the writers of one folder; keeps no state that matters, so a new one can go on from a `Position`."""
 
-    def __init__(self, folder: Path, *, strong_order: bool = _STRONG_ORDER, pages: Pages | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        strong_order: bool = _STRONG_ORDER,
+        pages: Pages | None = None,
+        reopen_s: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """`strong_order`: stores become visible in the order they were made (x86-64). Elsewhere a slot counts as
         closed only when its marker was set at the poll before, too. `pages`: what another reader here has found
-        unreadable."""
+        unreadable.
+
+        `reopen_s`: open files anew after so many seconds, for a folder that another host writes: over a network what
+        was read once may be shown for as long as the file is open, whatever has been written to it since.
+        """
         self._folder = folder
         self._strong_order = strong_order
         self._files: OrderedDict[tuple[str, str, int], _File] = OrderedDict()
@@ -154,6 +174,10 @@ class SpoolReader:
         self.damaged_frames = 0
         self._folder_fd = -1
         self._pages = Pages() if pages is None else pages
+        self._reopen_s = reopen_s
+        self._clock = clock
+        self._opened_at: dict[str, float] = {}  # by writer: when its files were last opened anew
+        self._known_dead: set[str] = set()
 
     # ---- what is there ----------------------------------------------------------------------------------------
 
@@ -166,15 +190,21 @@ class SpoolReader:
             FileNotFoundError: it was deleted.
         """
         found: list[tuple[int, str]] = []
-        if self._folder_fd < 0:
-            self._folder_fd = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        if os.fstat(self._folder_fd).st_nlink == 0:  # some file systems list one that is gone as empty
-            raise FileNotFoundError(errno.ENOENT, "the folder was deleted", str(self._folder))
-        with os.scandir(self._folder_fd) as entries:
-            for entry in entries:
-                match = _LOCK.fullmatch(entry.name)
-                if match:
-                    found.append((entry.stat().st_ctime_ns, match.group(1)))
+        # Opened anew at each look: some file systems (sshfs) list an open folder once, and then as empty. The first one
+        # is kept, so that its number can't be given to another folder.
+        fd = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            if self._folder_fd < 0:
+                self._folder_fd = os.dup(fd)
+            elif not os.path.samestat(os.fstat(self._folder_fd), os.fstat(fd)):
+                raise FileNotFoundError(errno.ENOENT, "the folder was deleted", str(self._folder))
+            with os.scandir(fd) as entries:
+                for entry in entries:
+                    match = _LOCK.fullmatch(entry.name)
+                    if match:
+                        found.append((entry.stat().st_ctime_ns, match.group(1)))
+        finally:
+            os.close(fd)
         return tuple(writer for _, writer in sorted(found))
 
     def _numbers(self, pattern: re.Pattern[str]) -> dict[str, list[int]]:
@@ -264,6 +294,7 @@ class SpoolReader:
         Slots that were open at an earlier poll and have closed come first. `dead`: the writer's process is gone, so
         a slot that is still open stays so, and is passed for good.
         """
+        self._look_anew(writer, dead)
         self._before, self._seen[writer] = self._seen.get(writer, set()), set()
         room = limit
         late = self._closed(writer, position.open, dead)[:room]
@@ -298,6 +329,19 @@ class SpoolReader:
             elif not found.slots:
                 break
         return _joined(ranges), Position(number, slot, tuple(still_open))
+
+    def _look_anew(self, writer: str, dead: bool) -> None:
+        """Let files go that show an old state; what is passed as never written must not be what was not seen."""
+        if self._reopen_s is None:
+            return
+        now = self._clock()
+        if now - self._opened_at.setdefault(writer, now) < self._reopen_s and (not dead or writer in self._known_dead):
+            return
+        self._opened_at[writer] = now
+        if dead:
+            self._known_dead.add(writer)
+        for key in [key for key in self._files if key[0] == writer]:
+            os.close(self._files.pop(key).fd)
 
     def _look(  # noqa: PLR0917
         self,
@@ -455,7 +499,7 @@ class SpoolReader:
             data = data[: whole * SLOT_SIZE]
         lost = file.lost(first, first + whole) if whole else []
         damaged += [Damage(writer, number, a, b, "the disk can't read it") for a, b in lost]
-        bad = [one for one in self._bad_slots(file, first, first + whole) if one not in lost]
+        bad = [one for one in self._bad_slots(file, first, first + whole) if not any(a <= one[0] < b for a, b in lost)]
         damaged += [Damage(writer, number, a, b, "checksum of a sealed page") for a, b in bad]
         bad += lost
         base = file.header.base

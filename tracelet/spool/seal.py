@@ -34,7 +34,7 @@ def seal_name(writer: str, number: int) -> str:
     return f"{writer}-{number:06d}.seal"
 
 
-def write_seal(folder: Path, writer: str, number: int, fd: int, slots: int, pread: Pread = os.pread) -> Seal:
+def write_seal(folder: Path, writer: str, number: int, fd: int, slots: int, *, pread: Pread = os.pread) -> Seal:
     """Seal the segment open as `fd`; the file appears whole or not at all."""
     crcs: list[int] = []
     size = os.fstat(fd).st_size

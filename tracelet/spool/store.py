@@ -452,7 +452,7 @@ def seal(folder: Path, writer: str, number: int, *, dead: bool = False, pages: P
         slots, in_flight, fd = used
         if in_flight and not dead:
             return False
-        write_seal(folder, writer, number, fd, slots, reader.pread)
+        write_seal(folder, writer, number, fd, slots, pread=reader.pread)
         return True
     finally:
         reader.close()

@@ -279,20 +279,24 @@ class Writer:
         files = self._sets.pop(depth)
         if depth == 0:
             self._fused.publish(None)
-        files.segment.seize()
-        self._void(files)
+        with contextlib.suppress(
+            OSError
+        ):  # gone with the file system it was on: a slot more or less, in an upper bound
+            files.segment.seize()
+            self._void(files)
         points = files.points()
         segment, slot = self._passed(files.writer)
         known = (segment - 1) * self._capacity + slot - files.frames  # at least so many of the slots were points
         lost = points - max(0, min(points, known))
-        files.close()
+        with contextlib.suppress(OSError):
+            files.close()
         self._gone_points += points
         self._lost += lost
         self._refused += lost
         guard.limited(
             f"keep {self._folder}",
-            "the spool folder %s was deleted under the run: up to %d points are lost, and what else had not been"
-            " delivered. What is logged from now on goes into a new folder there",
+            "the spool folder %s was deleted under the run, or its disk unmounted: up to %d points are lost, and what"
+            " else had not been delivered. What is logged from now on goes into a new folder there",
             self._folder,
             lost,
         )
