@@ -7,6 +7,7 @@ noted, and compared before and after the upload. Nothing is left behind when any
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -240,11 +241,17 @@ def _copy(file: _File, store: Path, target: Path, copy: bool | None, room: int |
             else:
                 result = _digest(file, source, out)
             done = True
-            return result
         finally:
-            os.close(out)
-            if not done:
-                os.unlink(target)
+            try:
+                os.close(out)
+            except OSError as error:  # where a write is only a promise (NFS, FUSE), what had no room is told here
+                done = False
+                raise _spool_error(file, error) from error
+            finally:
+                if not done:
+                    with contextlib.suppress(OSError):
+                        os.unlink(target)
+        return result
     finally:
         os.close(source)
 
@@ -291,7 +298,8 @@ def _spool_error(file: _File, error: OSError) -> SpoolError:
 
 def _remove(folder: Path, stored: str | None) -> None:
     if stored is not None:
-        (folder / stored).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            (folder / stored).unlink(missing_ok=True)
 
 
 def _media_type(path: str) -> str:

@@ -123,7 +123,7 @@ class Delivery:
         if here and self._in_process is None and self._first and ticket.rank == 0:
             module = import_module("tracelet.shipper.inprocess")
             self._in_process = module.start(self._folder, here, ticket.secrets, ticket.environ)
-        if len(here) == len(ticket.destinations) or lease.shipper_alive(self._folder) is not None:
+        if len(here) == len(ticket.destinations) or self._is_served():
             return
         if self._shipper is not None and not self._shipper.has_ended():
             return  # on its way to the lock
@@ -149,6 +149,13 @@ class Delivery:
                 "look at the journals", "run %s: how far it has come can't be read: %s", self._ticket.run_id, error
             )
         return progress
+
+    def _is_served(self) -> bool:
+        try:
+            return lease.shipper_alive(self._folder) is not None
+        except OSError as error:
+            guard.limited("see to a shipper", "whether a shipper is at work can't be told: %s", error)
+            return True  # one that is started now could not read the folder either
 
     def wait(
         self,
@@ -255,7 +262,7 @@ class Delivery:
         ticket = self._ticket
         if not ticket.destinations or ticket.shipper == "off":
             return True
-        if not os.path.exists(self._folder):
+        if self._is_gone():
             logger.warning(
                 "run %s: its folder was deleted, and there is no new one: nothing more of it is delivered, and its"
                 " destinations don't hear of its end", ticket.run_id
@@ -291,6 +298,15 @@ class Delivery:
             self._tell_rest()
         return done
 
+    def _is_gone(self) -> bool:
+        try:
+            os.stat(self._folder)
+        except FileNotFoundError:
+            return True
+        except OSError:  # a disk that can't be read is not a folder that was deleted
+            return False
+        return False
+
     def _served_here(self) -> list[str]:
         """The destinations (ids) that a thread of this very process serves beside the shipper."""
         return [d["id"] for d in self._ticket.destinations if d.get("in_process") and self._in_process is not None]
@@ -302,10 +318,10 @@ class Delivery:
 
     def _others_live(self) -> bool:
         mine = self._writer.writer_ids()
-        others = {path.stem for path in self._folder.glob("*.lock")} - {*mine, "manifest", "shipper"}
         try:
+            others = {path.stem for path in self._folder.glob("*.lock")} - {*mine, "manifest", "shipper"}
             return any(lease.is_alive(self._folder, writer) for writer in others)
-        except OSError:  # it can't be told: wait as if there were none
+        except OSError:  # not to be told: waiting for them would be in vain
             return False
 
     def _tell_rest(self) -> None:

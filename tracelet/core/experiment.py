@@ -429,7 +429,11 @@ class Experiment:
     def flush(self, timeout: float | None = 30.0) -> bool:
         """Wait until all that was logged before is delivered everywhere; whether it was, within `timeout` seconds.
 
-        False at once for a run without a destination. None waits without limit.
+        False at once for a run without a destination. None waits without limit. In any case it is on the disk itself
+        when this returns, with the files logged as artifacts, and survives the loss of power.
+
+        Raises:
+            SpoolError: the disk would not take all of it, now or at an earlier flush, and it was not delivered either.
         """
         return True if self._run is None else self._run.flush(timeout)
 

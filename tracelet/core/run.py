@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Mapping
@@ -30,6 +31,7 @@ from tracelet.records import (
 )
 from tracelet.settings import Settings
 from tracelet.spool import store
+from tracelet.spool.disk import refused, sync_file, sync_folder
 from tracelet.spool.points import Log
 from tracelet.spool.writer import Writer
 
@@ -48,6 +50,7 @@ class Run:
         self.closed = False
         self._look_at = time.monotonic() + _LOOK_AFTER_S
         self.refused_records = 0  # params, tags, spans, artifacts for which there was no room
+        self._copies: dict[str, None] = {}  # of artifacts, since the last flush
         self._owed: list[Record] = []  # what the run begins with, as long as there was no room for it
         self.writer = Writer(
             self.folder,
@@ -274,6 +277,8 @@ class Run:
             guard.limited("take an artifact", "artifact %s is not recorded: %s", source, error)
             return
         for record in taken:
+            if record.stored is not None:
+                self._copies[record.stored] = None
             self.put(record)
 
     def _make_folder(self) -> None:
@@ -324,11 +329,38 @@ class Run:
         """Whether all that was logged before is delivered everywhere within `timeout_s`; it is on the disk in any case.
 
         The disk itself: what was flushed survives the loss of power too.
+
+        Raises:
+            SpoolError: it is not on the disk, and was not delivered in time either.
         """
+        lost = None
         if not self.closed:
             self.put(FlushAsked(time.time_ns()))
-            self.writer.sync()
-        return self.delivery.all_delivered(timeout_s)
+            try:
+                self._sync_copies()
+                self.writer.sync()
+            except SpoolError as error:
+                lost = error
+                guard.limited("flush", "%s", error)
+        delivered = self.delivery.all_delivered(timeout_s)
+        if lost is not None and not delivered:
+            raise lost
+        return delivered
+
+    def _sync_copies(self) -> None:
+        """Bring the copies of artifacts to the disk that came since the last time."""
+        stored = list(self._copies)
+        try:
+            for one in stored:
+                with contextlib.suppress(FileNotFoundError):  # delivered
+                    sync_file(self.folder / one)
+            for folder in {os.path.dirname(one) for one in stored}:
+                with contextlib.suppress(FileNotFoundError):
+                    sync_folder(self.folder / folder)
+        except OSError as error:
+            raise refused(self.folder, error) from error
+        for one in stored:
+            self._copies.pop(one, None)
 
     # ---- end ----------------------------------------------------------------------------------------------------
 
@@ -364,6 +396,7 @@ class Run:
         self.writer.after_fork_in_child()
         self._role = "child"
         self._owed = []
+        self._copies = {}
         self.refused_records = 0
         self.delivery = Delivery(self.ticket, self.writer, first=False)
 

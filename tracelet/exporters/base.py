@@ -70,6 +70,10 @@ class Exporter(Protocol):
 
     Guarantees expected of it: a repeat of a batch, in this process or after a restart, has no effect; nothing is
     cut, dropped or changed without a `Refusal` or a place where the whole is kept.
+
+    After a loss of power the journal may lack its last seconds, and what it lacks is sent again in other batches, every
+    value with the name, iteration and time that it had. An exporter whose destination would keep both has an
+    attribute `shows_repeats` that is true: then the journal is on the disk before a batch leaves, and after its answer.
     """
 
     max_points: int

@@ -37,6 +37,7 @@ class FileExporter:
     max_points = 16_000
     linger_s = 1.0
     rising_limit_s: float | None = 60.0
+    shows_repeats = True
 
     def __init__(self, spec: Mapping[str, Any], secrets: Mapping[str, Any], environ: Mapping[str, str]) -> None:
         self._path = Path(spec["path"])

@@ -5,12 +5,9 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Protocol
 
-from tracelet.spool.store import MANIFEST
-
-__all__ = ["GroupCommit", "flush_all", "flush_names"]
+__all__ = ["GroupCommit", "flush_all"]
 
 
 class Flushable(Protocol):
@@ -91,14 +88,4 @@ def flush_all(descriptors: Sequence[int]) -> None:
             os.fdatasync(fd)
     finally:
         for fd in descriptors:
-            os.close(fd)
-
-
-def flush_names(folder: Path, root: Path) -> None:
-    """Make the manifest, the names of new files, and the folder itself, survive a loss of power."""
-    for one in (folder / MANIFEST, folder, folder.parent, root):
-        fd = os.open(one, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
             os.close(fd)

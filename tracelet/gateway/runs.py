@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tracelet import codec
-from tracelet.gateway.commit import flush_all, flush_names
+from tracelet.gateway.commit import flush_all
 from tracelet.gateway.latest import Latest
 from tracelet.gateway.pieces import Pieces
 from tracelet.gateway.repeats import Repeats, digest_of
@@ -400,7 +400,7 @@ class RunSpool:
         try:
             flush_all(descriptors)
             if new_files and self._terms.sync:
-                flush_names(self.folder, self._terms.root)
+                store.flush_names(self.folder)
             with self.lock:
                 self._repeats.write(digests)
         except BaseException:

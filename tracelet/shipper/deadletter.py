@@ -29,6 +29,7 @@ from tracelet import codec
 from tracelet.errors import SpoolFormatError
 from tracelet.exporters.base import Refusal
 from tracelet.records import WriterOpened
+from tracelet.spool.disk import sync_folder
 
 __all__ = ["VERSION", "DeadLetters", "Letter", "letters_in"]
 
@@ -210,6 +211,7 @@ def letters_in(path: Path) -> Iterator[Letter]:
 
 def _append(path: Path, lines: list[str]) -> None:
     """On disk, all of them or none."""
+    new = not path.exists()
     with open(path, "a+b", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
         before, tail = _last_whole(file.fileno(), end)
@@ -220,6 +222,8 @@ def _append(path: Path, lines: list[str]) -> None:
             if file.write(data) != len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
             os.fsync(file.fileno())
+            if new:
+                sync_folder(path.parent)
         except OSError:
             file.truncate(before)  # all of it is written again
             raise

@@ -40,6 +40,9 @@ RECEIVED_WRITER_S = 2.0
 
 RECEIVED_IDLE_S = 1.0
 
+REOPEN_S = 1.0
+"""How old what is read of another host's files may be."""
+
 _IDLE_S = ((2.0, 0.05), (30.0, 0.1), (float("inf"), 0.2))  # quiet for less than ...: look again after ...
 
 
@@ -77,7 +80,9 @@ class Lane:
         self._backoff = BackOff() if backoff is None else backoff
         self._on_delivered = on_delivered
         self._sieve = sieve
-        self._reader = SpoolReader(site.folder)
+        self._reader = SpoolReader(
+            site.folder, pages=site.pages, reopen_s=REOPEN_S if site.deaths.from_elsewhere else None
+        )
         self._journal = Journal(site.folder, self.id, clock=lambda: clock.time_ns() / 1e9)
         self._letters = DeadLetters(site.folder, self.id)
         self._reship = Reship(self._letters, wanted=again)
@@ -309,6 +314,8 @@ class Lane:
             assembled.stamps,
             extra=assembled.extra,
         )
+        if _shows_repeats(exporter):
+            self._journal.sync()
 
     def _attempt(self, exporter: Exporter) -> float:
         assembled = self._assembled
@@ -370,6 +377,8 @@ class Lane:
         self._positions.update(self._journal.positions)
         self.active_at = self.moved_at = self._clock.monotonic()
         self._well()
+        if _shows_repeats(exporter):
+            self._journal.sync()  # last: the batch is through, whatever the disk says to this
 
     def _remember(self, exporter: Exporter) -> None:
         memory = exporter.memory()
@@ -446,6 +455,10 @@ class Lane:
         self.trouble = answer.reason
         self._not_before = self._clock.monotonic() + delay
         return delay
+
+
+def _shows_repeats(exporter: Exporter) -> bool:
+    return bool(getattr(exporter, "shows_repeats", False))
 
 
 def _placed(refused: tuple[Refusal, ...], batch: Batch) -> tuple[Refusal, ...]:

@@ -328,7 +328,7 @@ class Shipment:
                 complete=False,
                 gone=True,
             )
-        reader = SpoolReader(self.site.folder)
+        reader = SpoolReader(self.site.folder, pages=self.site.pages)
         try:
             left = {identity: self._left(reader, lane) for identity, lane in self.lanes.items()}
         finally:
@@ -355,7 +355,10 @@ class Shipment:
         for writer in self.site.writers:
             position = lane.positions.get(writer, START)
             while True:
-                ranges, after = reader.poll(writer, position, 2**16, dead=self.site.deaths.is_dead(writer))
+                try:
+                    ranges, after = reader.poll(writer, position, 2**16, dead=self.site.deaths.is_dead(writer))
+                except OSError:  # a disk that can't be read at present: there may be more, and the lane has said so
+                    return max(1, slots)
                 slots += sum(piece.end - piece.first for piece in ranges)
                 if after == position:
                     break

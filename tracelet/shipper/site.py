@@ -21,6 +21,7 @@ from tracelet.shipper.roster import Roster, decode_frame
 from tracelet.shipper.standin import stand_in
 from tracelet.shipper.status import PROVISIONAL, Verdict, decide
 from tracelet.spool import store
+from tracelet.spool.pages import Pages
 from tracelet.spool.points import SLOT_SIZE
 from tracelet.spool.reader import Position, SpoolReader
 from tracelet.spool.store import Attempt, Manifest
@@ -94,7 +95,8 @@ class Site:
         self.backend_ids = backend_ids
         self._clock = clock
         self._in_process = in_process
-        self._reader = SpoolReader(folder)
+        self.pages = Pages()
+        self._reader = SpoolReader(folder, pages=self.pages)
         self._began = clock.monotonic()
         self._inode = _inode_of(folder)
         self.gone = False  # the folder was deleted; what may stand in its place is another one

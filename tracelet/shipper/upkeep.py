@@ -12,12 +12,14 @@ from typing import Protocol
 
 from tracelet.errors import SpoolError
 from tracelet.exporters.base import Refusal
+from tracelet.guard import guard
 from tracelet.records import ArtifactLogged
 from tracelet.shipper.batches import Assembled
 from tracelet.shipper.deadletter import DeadLetters
 from tracelet.shipper.roster import frames_of
 from tracelet.shipper.site import Site
 from tracelet.spool import keep, leftovers, store
+from tracelet.spool.cursor import sync_journals
 from tracelet.spool.disk import may_map
 from tracelet.spool.files import SPARES
 from tracelet.spool.reader import Position, SpoolReader
@@ -46,7 +48,7 @@ class Upkeep:
 
     def __init__(self, site: Site) -> None:
         self._site = site
-        self._reader = SpoolReader(site.folder)
+        self._reader = SpoolReader(site.folder, pages=site.pages)
         self._sealed: dict[str, int] = {}  # writer -> all its segments up to this one are sealed
         self._kept: set[str] = set()  # copies of artifacts that some destination refused
         self._arrived: dict[str, set[str]] = {}  # copy -> destinations that have it
@@ -100,7 +102,7 @@ class Upkeep:
         for segment in segments if over else segments[:-1]:
             if segment <= done:
                 continue
-            if not store.seal(self._site.folder, writer, segment, dead=over):
+            if not store.seal(self._site.folder, writer, segment, dead=over, pages=self._site.pages):
                 return
             self._sealed[writer] = segment
         if over:
@@ -138,8 +140,7 @@ class Upkeep:
                 manifest = store.read_manifest(site.folder)
                 if manifest is None or not arrived >= _takes_files(manifest):
                     return False
-                (site.folder / stored).unlink(missing_ok=True)
-                return True
+                return self._forget([stored])
         except (OSError, SpoolError):  # no reason to hold up the destination: at the end of the run it is tried again
             return False
 
@@ -155,16 +156,32 @@ class Upkeep:
         self._seal_all()
         with self._known_to_all(lanes) as known:
             if known:
-                for writer in site.writers:
-                    self._drop_copies(writer, refused)
+                self._forget(self._copies(refused))
                 store.move_delivered(site.folder, [lane.positions for lane in lanes], over=site.writers)
         root = site.folder.parent.parent
         keep.retain([run.folder for run in store.list_runs(root)], rule, now_s=now_s)
 
-    def _drop_copies(self, writer: str, refused: Collection[str]) -> None:
-        for record in frames_of(self._reader, writer):
-            if isinstance(record, ArtifactLogged) and record.stored is not None and record.stored not in refused:
-                (self._site.folder / record.stored).unlink(missing_ok=True)
+    def _copies(self, refused: Collection[str]) -> list[str]:
+        """The copies that are still there, and that no dead letter waits for."""
+        named = (record.stored for writer in self._site.writers for record in frames_of(self._reader, writer)
+                 if isinstance(record, ArtifactLogged) and record.stored is not None)  # fmt: skip
+        return [stored for stored in named if stored not in refused and (self._site.folder / stored).exists()]
+
+    def _forget(self, copies: Sequence[str]) -> bool:
+        """Delete copies that everybody has; that they have them has to be on the disk before.
+
+        After a loss of power a journal that lacks its last seconds would ask for them again, and find none.
+        """
+        if not copies:
+            return True
+        try:
+            sync_journals(self._site.folder)
+            for stored in copies:
+                (self._site.folder / stored).unlink(missing_ok=True)
+        except OSError as error:  # they stay; the batch that brought them here is through all the same
+            guard.limited("delete copies", "copies of artifacts that are delivered stay: %s", error)
+            return False
+        return True
 
     def _refused_copies(self) -> set[str]:
         """Copies named in a dead letter that waits, by this shipper or one before it."""

@@ -7,7 +7,7 @@ import os
 import time
 from array import array
 
-from tracelet.spool.disk import close_own, identity
+from tracelet.spool.disk import identity, is_open_on
 from tracelet.spool.points import HEADER_SIZE, MARKER_AT, POINT, SLOT, SLOT_SIZE, UNSET, VOID, Header
 
 __all__ = ["AppendedSegment", "pack_points"]
@@ -17,12 +17,16 @@ class AppendedSegment:
     """A segment written with system calls, for file systems where mapping could kill; used under the writer's lock."""
 
     __slots__ = (
+        "_counts",
         "_opened",
         "_room_to",
+        "_synced",
         "_synced_at",
         "_unsettled",
         "base",
         "capacity",
+        "doubtful",
+        "failed",
         "fd",
         "kept",
         "next",
@@ -34,11 +38,13 @@ class AppendedSegment:
 
     def __init__(self, fd: int, header: Header, *, end_kept: bool = False) -> None:
         """`end_kept`: a point is written only where the slot behind it has room too, so that the END always has some.
+        And for a writer that nobody waits for: what the disk refuses at a flush is counted, where others get an error.
 
         Room ahead is zeros written there: where mapping is not allowed, fallocate often isn't to be had either.
         """
         self.number = header.segment
         self.kept = int(end_kept)
+        self._counts = end_kept
         self.capacity = header.capacity - self.kept
         self._room_to = HEADER_SIZE
         self.base = header.base
@@ -48,6 +54,9 @@ class AppendedSegment:
         self.voids = 0
         self._unsettled = -1  # the slot of a call that did not come to its end
         self._synced_at = time.monotonic()
+        self._synced = 0  # the slots before this one are on the disk, or known to be in doubt
+        self.doubtful = 0  # slots that were written, and that the disk would not have at the flush after them
+        self.failed: OSError | None = None  # what it said
         page = header.pack().ljust(HEADER_SIZE, b"\0")
         if os.pwrite(fd, page, 0) != HEADER_SIZE:
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -104,8 +113,24 @@ class AppendedSegment:
         now = time.monotonic()
         if now - self._synced_at >= self.SYNC_EVERY_S:
             self._synced_at = now
-            os.fdatasync(self.fd)
+            if self._counts:
+                self.sync()
+            else:
+                os.fdatasync(self.fd)
         return slot
+
+    def sync(self) -> None:
+        """Ask the disk for what it was given. Where a write is only a promise (NFS, FUSE), a full disk says so here.
+
+        Never raises: the slots since the last time become `doubtful`. They are written and may be read here, from
+        memory; whether anybody else will ever see them is open.
+        """
+        try:
+            os.fdatasync(self.fd)
+        except OSError as error:
+            self.failed = error
+            self.doubtful += self.next - self._synced
+        self._synced = self.next
 
     def put_many(self, records: memoryview) -> int:
         """Fill the next slots with whole point records whose markers are zero; returns how many there was room for.
@@ -140,10 +165,17 @@ class AppendedSegment:
         self._unsettled = -1
 
     def close(self) -> None:
-        """Let the file go; again is no harm."""
+        """Let the file go; again is no harm. What the disk refuses only now is in `doubtful`, see `sync`."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
-            close_own(fd, self._opened)
+            try:
+                if is_open_on(fd, self._opened):
+                    os.close(fd)
+            except OSError as error:
+                if not self._counts:
+                    raise
+                self.failed = error
+                self.doubtful += self.next - self._synced
 
     def seize(self) -> None:
         if self._unsettled >= 0:

@@ -12,6 +12,7 @@ from typing import Any
 
 from tracelet.errors import SpoolError
 from tracelet.guard import logger
+from tracelet.spool.disk import sync_file, sync_folder
 from tracelet.spool.journal import (
     Intent,
     Line,
@@ -28,7 +29,7 @@ from tracelet.spool.points import Address
 from tracelet.spool.reader import Position, SlotRange
 from tracelet.spool.store import MANIFEST, read_manifest, write_whole
 
-__all__ = ["DestinationProgress", "Intent", "Journal", "Progress", "copy_name", "journal_name"]
+__all__ = ["DestinationProgress", "Intent", "Journal", "Progress", "copy_name", "journal_name", "sync_journals"]
 
 _COMPACT_AT = 4 * 2**20
 _COMPACT_RATIO = 4
@@ -52,7 +53,7 @@ class Journal:
     the batch whose answer nobody heard, and `positions` and `stamps` are those from before it, so that the same batch
     can be made again, bit for bit. Used by one thread of the one shipper that holds the folder.
 
-    Durability: a line survives the death of the process when its call returns.
+    Durability: a line survives the death of the process when its call returns, and the loss of power after `sync`.
     """
 
     def __init__(self, folder: Path, destination_id: str, *, clock: Callable[[], float] = time.time) -> None:
@@ -73,6 +74,7 @@ class Journal:
                 (folder / name).unlink(missing_ok=True)
         self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._compact_at = _COMPACT_AT
+        self._named = False  # the disk has the file's name
         try:
             self._load()
             if self._size == 0:
@@ -251,7 +253,7 @@ class Journal:
             self._compact_at = _COMPACT_RATIO * len(data)
             return
         try:
-            write_whole(self._copy, data)
+            write_whole(self._copy, data, durable=True)
         except OSError:
             self._compact_at = 2 * self._size
             return
@@ -261,23 +263,46 @@ class Journal:
             try:
                 with open(fd, "wb", closefd=False) as file:
                     file.write(data)
+                os.fsync(fd)  # or a loss of power could leave an empty file in the place of the long one
                 os.rename(temporary, self._path)
             except BaseException:
                 os.close(fd)
                 raise
-        except OSError:  # no room for it now
+        except OSError:  # no room for it now, or a disk that fails
             temporary.unlink(missing_ok=True)
             self._compact_at = 2 * self._size
             return
         os.close(self._fd)
-        self._fd, self._size = fd, len(data)
+        self._fd, self._size, self._named = fd, len(data), False
         self._compact_at = max(_COMPACT_AT, _COMPACT_RATIO * len(data))
+
+    def sync(self) -> None:
+        """Bring all lines to the disk itself.
+
+        Raises:
+            OSError: it would not have them.
+        """
+        os.fdatasync(self._fd)
+        if not self._named:
+            sync_folder(self._path.parent)
+            self._named = True
 
     def close(self) -> None:
         """Let the file go; again is no harm."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
+
+
+def sync_journals(folder: Path) -> None:
+    """Bring what all destinations have acknowledged to the disk: before what they have is deleted.
+
+    Raises:
+        OSError: the disk would not have it.
+    """
+    for path in folder.glob(f"{journal_name('')}*"):
+        with contextlib.suppress(FileNotFoundError):
+            sync_file(path)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,13 +13,27 @@ from pathlib import Path
 
 from tracelet.errors import SpoolError, SpoolFull
 
-__all__ = ["CANT_ALLOCATE", "NO_ROOM", "Identity", "allocate", "close_own", "identity", "may_map", "refused"]
+__all__ = [
+    "CANT_ALLOCATE",
+    "NO_ROOM",
+    "Identity",
+    "allocate",
+    "close_own",
+    "identity",
+    "is_open_on",
+    "may_map",
+    "refused",
+    "sync_file",
+    "sync_folder",
+]
 
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """The errors that mean "no room" rather than "not allowed" or "broken"."""
 
 CANT_ALLOCATE = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV})
 """What fallocate(2) says where the file system, or the system, has no such thing."""
+
+_NO_FSYNC = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})  # a file system without it, for folders
 
 _KEEP_SIZE = 1  # FALLOC_FL_KEEP_SIZE, linux/falloc.h
 
@@ -34,15 +48,23 @@ def identity(fd: int) -> Identity:
     return found.st_dev, found.st_ino
 
 
+def is_open_on(fd: int, opened: Identity) -> bool:
+    """Whether it is still open on the file it was `opened` on, and not somebody else's by now."""
+    try:
+        return identity(fd) == opened
+    except OSError:
+        return False
+
+
 def close_own(fd: int, opened: Identity, *, cut_at: int | None = None) -> bool:
     """Close `fd` if it is still open on the file it was `opened` on, cut at `cut_at` if it is longer; whether it was.
 
     A program that turns itself into a daemon closes all there is by number, and opens files of its own, which get our
     numbers: to close or cut these would be its loss.
     """
+    if not is_open_on(fd, opened):
+        return False
     try:
-        if identity(fd) != opened:
-            return False
         if cut_at is not None and cut_at <= os.fstat(fd).st_size:
             with contextlib.suppress(OSError):  # it stays as long as it is
                 os.ftruncate(fd, cut_at)
@@ -61,8 +83,9 @@ def refused(folder: Path, error: OSError) -> SpoolError:
     return kind(f"the spool folder {folder} {what} ({error.strerror or error}): {then}", folder=str(folder))
 
 
-# Here an allocated block takes a mapped store whatever happens. On btrfs and ZFS a store needs new room, on NFS and
-# FUSE an answer from somewhere else; a page that can't be had is SIGBUS, which kills training.
+# Here an allocated block takes a mapped store, whether or not the disk has any room left. On btrfs and ZFS a store
+# needs new room, on NFS and FUSE an answer from somewhere else; a page that can't be had is SIGBUS, which kills
+# training. A disk that fails can do that here, too: an XFS that has shut itself down does (docs/decisions/0128).
 _SAFE = frozenset({"ext4", "xfs", "tmpfs"})
 
 
@@ -117,6 +140,35 @@ def allocate(fd: int, size: int, *, at: int = 0, keep_size: bool = False) -> Non
         code = _fallocate()(fd, _KEEP_SIZE if keep_size else 0, at, size)
     if code:
         raise OSError(code, os.strerror(code))
+
+
+def sync_file(path: str | Path) -> None:
+    """Bring a file's bytes to the disk, whoever has written them.
+
+    Raises:
+        OSError: the disk would not have them, now or at an earlier try of the kernel's that nobody has heard of yet.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fdatasync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_folder(path: str | Path) -> None:
+    """Bring the names in a folder to the disk: of files that are new there, or were renamed.
+
+    Raises:
+        OSError: the disk would not have them.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in _NO_FSYNC:
+            raise
+    finally:
+        os.close(fd)
 
 
 @functools.cache

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import secrets
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from tracelet.spool.appended import AppendedSegment
-from tracelet.spool.disk import CANT_ALLOCATE, NO_ROOM, allocate
+from tracelet.spool.disk import CANT_ALLOCATE, NO_ROOM, allocate, sync_file
 from tracelet.spool.frames import FrameWriter
 from tracelet.spool.lease import WriterLock
 from tracelet.spool.points import (
@@ -24,6 +26,7 @@ from tracelet.spool.points import (
     new_base,
     segment_name,
 )
+from tracelet.spool.reader import DELIVERED
 
 __all__ = ["SPARES", "Abandoned", "FileSet", "Gone"]
 
@@ -66,6 +69,7 @@ class FileSet:
         self.frames = 0
         self.abandoned = False
         self.ended = False
+        self.failed: OSError | None = None  # what the disk said to segments that were left
         self._next_id = 0
         self._folder = folder
         self._capacity = capacity
@@ -75,8 +79,11 @@ class FileSet:
         self._end_kept = end_kept
         self._slots_before = 0  # of segments left behind
         self._voids_before = 0
+        self._doubtful_before = 0
         self._next: Segment | None = None  # the one behind `segment`, once that is full
         self._header: Header | None = None  # of the segment that was made, or begun, last
+        self._left: dict[str, None] = {}  # files that were left behind since they were last flushed, by name
+        self._unflushed: OSError | None = None  # what the disk would not take once, it may never have
         self._lock = WriterLock(folder, self.writer)
         try:
             self._frame_writer = FrameWriter(folder, self.writer, admit, sync_at_roll=sync_at_roll, end_kept=end_kept)
@@ -188,6 +195,8 @@ class FileSet:
         assert new is not None, "made by `_have_room`"
         if isinstance(new, MappedSegment):
             new.learn(self.ids)
+        if not self._sync_at_roll:
+            self._left[segment_name(self.writer, old.number)] = None
         self.segment, self._slots_before, self._voids_before, self._next = (
             new,
             self._slots_before + old.head(),
@@ -195,7 +204,11 @@ class FileSet:
             None,
         )
         if isinstance(old, AppendedSegment):
+            if self._end_kept:
+                old.sync()  # nobody looks after it any more
             old.close()
+            self._doubtful_before += old.doubtful
+            self.failed = old.failed or self.failed
 
     # ---- records ----------------------------------------------------------------------------------------------
 
@@ -270,10 +283,47 @@ class FileSet:
         segment = self.segment
         return self._slots_before + segment.head() - self.frames - self._voids_before - segment.voids
 
-    def sync(self) -> None:
-        """Flush frames and slots to the disk itself, for power loss."""
-        self._frame_writer.sync()
-        self._sync_segment()
+    def doubtful(self) -> tuple[int, OSError | None]:
+        """How many slots were written and may not have reached the disk, as it said afterwards; and its words."""
+        segment = self.segment
+        if isinstance(segment, AppendedSegment) and segment.failed is not None:
+            return self._doubtful_before + segment.doubtful, segment.failed or self.failed
+        return self._doubtful_before, self.failed
+
+    def sync(self, lock: AbstractContextManager[object]) -> None:
+        """Bring all that was written to the disk itself, for power loss. Others may write on meanwhile.
+
+        `lock`: the writer's, taken for a look at which files these are.
+
+        Raises:
+            OSError: the disk has not taken all of it, now or at an earlier call: what it refused the kernel no longer
+                counts as waiting to be written, so the next flush alone would say that all is well.
+        """
+        with lock:
+            left = [*self._left, *self._frame_writer.left]
+            names = [*left, segment_name(self.writer, self.segment.number)]
+            fds = self.to_sync()
+        try:
+            for fd in fds:
+                os.fdatasync(fd)
+            for name in names:  # by name: a mapping's own flush holds the interpreter's lock as long as the disk takes
+                self._sync_named(name)
+        except OSError as error:
+            self._unflushed = self._unflushed or error
+        finally:
+            for fd in fds:
+                os.close(fd)
+        if self._unflushed is not None:
+            raise self._unflushed
+        for name in left:
+            self._left.pop(name, None)
+            self._frame_writer.left.pop(name, None)
+
+    def _sync_named(self, name: str) -> None:
+        for folder in (self._folder, self._folder / DELIVERED):
+            with contextlib.suppress(FileNotFoundError):  # moved, or even deleted, after its delivery
+                sync_file(folder / name)
+                return
 
     def to_sync(self) -> list[int]:
         """Duplicates of the descriptors that a flush is about, for the caller to flush and to close."""
@@ -305,6 +355,8 @@ class FileSet:
         assert slot is not None, "a new segment has a slot"
         self.frames += 1
         self.ended = True
+        if isinstance(self.segment, AppendedSegment) and self._end_kept:
+            self.segment.sync()
         return Address(self.writer, self.segment.number, slot)
 
     def close(self) -> None:

@@ -22,6 +22,7 @@ from zlib import crc32
 
 from tracelet.errors import SpoolError, SpoolFormatError
 from tracelet.spool.disk import CANT_ALLOCATE, Identity, allocate, close_own, identity
+from tracelet.spool.pages import Pread
 
 __all__ = ["END_FLAG", "Frame", "FrameWriter", "frames_name", "read_frame", "scan"]
 
@@ -76,6 +77,7 @@ class FrameWriter:
     ) -> None:
         """`end_kept`: a frame is written only where `RESERVE` bytes behind it have room too; they are the END's."""
         self._sync_at_roll = sync_at_roll
+        self.left: dict[str, None] = {}  # files that were left without a flush, by name
         self._reserve = RESERVE if end_kept else 0
         self._room_to = 0
         self._zeros = False  # room is zeros that are written, because this file system allocates none
@@ -200,6 +202,8 @@ class FrameWriter:
         self._opened = identity(fd)
         left, self._fd, self._number, self._end, self._room_to = self._end, fd, number, HEADER_SIZE, HEADER_SIZE
         if old >= 0:
+            if not self._sync_at_roll:
+                self.left[frames_name(self._writer, number - 1)] = None
             self._let_go(old, opened, left)
 
     @property
@@ -225,27 +229,27 @@ class FrameWriter:
             close_own(fd, self._opened)
 
 
-def read_frame(fd: int, offset: int) -> Frame | None:
+def read_frame(fd: int, offset: int, pread: Pread = os.pread) -> Frame | None:
     """The frame at `offset`; None where none stands whole with its checksum right."""
-    head = os.pread(fd, _FRAME.size, offset) if offset >= 0 else b""
+    head = pread(fd, _FRAME.size, offset) if offset >= 0 else b""
     if len(head) < _FRAME.size:
         return None
     sync, length, kind, flags, _, check = _FRAME.unpack(head)
     if sync != SYNC or length > MAX_PAYLOAD:
         return None
-    payload = os.pread(fd, length, offset + _FRAME.size)
+    payload = pread(fd, length, offset + _FRAME.size)
     if len(payload) < length or crc32(payload, crc32(head[4:12])) != check:
         return None
     return Frame(offset + _FRAME.size + length, kind, flags, payload)
 
 
-def check_header(fd: int, path: Path) -> None:
+def check_header(fd: int, path: Path, pread: Pread = os.pread) -> None:
     """Refuse a frames file of a version that this release doesn't know; a damaged header is passed over.
 
     Raises:
         SpoolFormatError: it is whole and names another version.
     """
-    header = os.pread(fd, _HEADER.size + 4, 0)
+    header = pread(fd, _HEADER.size + 4, 0)
     if len(header) < _HEADER.size + 4 or crc32(header[:-4]).to_bytes(4, "little") != header[-4:]:
         return
     magic, version, _, _ = _HEADER.unpack(header[:-4])
@@ -257,20 +261,20 @@ def check_header(fd: int, path: Path) -> None:
         )
 
 
-def scan(fd: int, damaged: Callable[[int, int], None] | None = None) -> Iterator[Frame]:
+def scan(fd: int, damaged: Callable[[int, int], None] | None = None, pread: Pread = os.pread) -> Iterator[Frame]:
     """Every valid frame of an open frames file, in order; `damaged(start, end)` hears of each gap passed over."""
     size = os.fstat(fd).st_size
     data = b""
     offset = HEADER_SIZE
     while offset < size:
-        frame = read_frame(fd, offset)
+        frame = read_frame(fd, offset, pread)
         if frame is not None:
             yield frame
             offset = frame.end
             continue
-        if size - offset <= _MOST_ROOM and not any(os.pread(fd, size - offset, offset)):
+        if size - offset <= _MOST_ROOM and not any(pread(fd, size - offset, offset)):
             return  # room kept for the END
-        data = data or os.pread(fd, size, 0)
+        data = data or pread(fd, size, 0)
         start = offset
         offset = data.find(_SYNC_BYTES, start + 1)
         if offset < 0:

@@ -16,7 +16,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from tracelet.errors import SpoolError
-from tracelet.spool.disk import Identity, close_own, identity
+from tracelet.spool.disk import Identity, close_own, identity, is_open_on
 
 __all__ = ["ShipperLock", "WriterLock", "is_alive", "is_mine", "lock_name", "require_own", "shipper_alive"]
 
@@ -106,18 +106,20 @@ class WriterLock:
         self.visible = True
 
     def is_there(self) -> bool:
-        """Whether readers can find it. Opens nothing: a descriptor that is closed would drop the lock."""
+        """Whether readers can find it; also where nobody can tell, because the disk doesn't answer.
+
+        Opens nothing: a descriptor that is closed would drop the lock.
+        """
         try:
             return os.path.samestat(os.stat(self.path if self.visible else self._hidden), os.fstat(self._fd))
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
+        except OSError:
+            return True
 
     def is_open(self) -> bool:
         """Whether the descriptor that holds it is still open on its file."""
-        try:
-            return identity(self._fd) == self._opened
-        except OSError:
-            return False
+        return is_open_on(self._fd, self._opened)
 
     def discard(self) -> None:
         """Take back a lock that never appeared."""

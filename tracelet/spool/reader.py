@@ -11,8 +11,9 @@ import os
 import platform
 import re
 import sys
+import time
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from zlib import crc32
 
 from tracelet.spool import frames as frame_files
 from tracelet.spool.frames import frames_name, read_frame
+from tracelet.spool.pages import PAGE, Pages
 from tracelet.spool.points import (
     FRAME,
     HEADER_SIZE,
@@ -30,7 +32,7 @@ from tracelet.spool.points import (
     Header,
     segment_name,
 )
-from tracelet.spool.seal import PAGE, Seal, read_seal
+from tracelet.spool.seal import Seal, read_seal
 
 __all__ = ["DELIVERED", "START", "Damage", "Position", "SlotRange", "SpoolReader", "Taken"]
 
@@ -41,6 +43,7 @@ _FRAMES = re.compile(r"([0-9a-f]{16})-(\d{6,})\.frames")
 _PEEK = 1024  # how far behind an open slot to look for closed ones; more threads than that never stand in slots
 _STRONG_ORDER = platform.machine() in ("x86_64", "AMD64")
 _OPEN_FILES = 16
+_PAGE_SLOTS = PAGE // SLOT_SIZE
 
 
 class SlotRange(NamedTuple):
@@ -99,27 +102,68 @@ class _Look(NamedTuple):
 class _File:
     """An open segment: its descriptor stays good when the file is moved to delivered/."""
 
-    __slots__ = ("damaged_header", "fd", "header", "seal")
+    __slots__ = ("_pages", "damaged_header", "fd", "header", "seal")
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, pages: Pages) -> None:
         self.fd = fd
+        self._pages = pages
         self.header: Header | None = None
         self.damaged_header = False
         self.seal: Seal | None = None
 
     def markers(self, first: int, end: int) -> memoryview:
         """The markers of the slots [first, end), as far as the file goes; `.tolist()` gives integers."""
-        data = os.pread(self.fd, (end - first) * SLOT_SIZE, HEADER_SIZE + first * SLOT_SIZE)
+        data = self.pread((end - first) * SLOT_SIZE, HEADER_SIZE + first * SLOT_SIZE)
         whole = len(data) - len(data) % SLOT_SIZE
+        lost = self.lost(first, first + whole // SLOT_SIZE)
+        if lost and self.header is not None:
+            # They count as closed: `read` says what is missing, where open ones would be passed without a word.
+            changed = bytearray(data)
+            with memoryview(changed)[:whole] as bytes_, bytes_.cast("I") as words, words[7::8] as markers:
+                for a, b in lost:
+                    for slot in range(a, b):
+                        markers[slot - first] = self.header.base | VOID
+            data = bytes(changed)
         return memoryview(data)[:whole].cast("I")[7::8]
+
+    def pread(self, length: int, offset: int) -> bytes:
+        """Bytes of the file; zeros where the disk has given up a page for good."""
+        return self._pages.pread(self.fd, length, offset)
+
+    def lost(self, first: int, end: int) -> list[tuple[int, int]]:
+        """The stretches of slots [first, end) that stand on such pages."""
+        header = HEADER_SIZE // PAGE
+        pages = self._pages.lost(self.fd, header + first // _PAGE_SLOTS, header + (end - 1) // _PAGE_SLOTS + 1)
+        found: list[tuple[int, int]] = []
+        for page in pages:
+            start = (page - header) * _PAGE_SLOTS
+            a, b = max(first, start), min(end, start + _PAGE_SLOTS)
+            if found and found[-1][1] == a:
+                found[-1] = found[-1][0], b
+            else:
+                found.append((a, b))
+        return found
 
 
 class SpoolReader:
     """Follows the writers of one folder; keeps no state that matters, so a new one can go on from a `Position`."""
 
-    def __init__(self, folder: Path, *, strong_order: bool = _STRONG_ORDER) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        strong_order: bool = _STRONG_ORDER,
+        pages: Pages | None = None,
+        reopen_s: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """`strong_order`: stores become visible in the order they were made (x86-64). Elsewhere a slot counts as
-        closed only when its marker was set at the poll before, too."""
+        closed only when its marker was set at the poll before, too. `pages`: what another reader here has found
+        unreadable.
+
+        `reopen_s`: open files anew after so many seconds, for a folder that another host writes: over a network what
+        was read once may be shown for as long as the file is open, whatever has been written to it since.
+        """
         self._folder = folder
         self._strong_order = strong_order
         self._files: OrderedDict[tuple[str, str, int], _File] = OrderedDict()
@@ -129,6 +173,11 @@ class SpoolReader:
         self._before: set[tuple[int, int]] = set()
         self.damaged_frames = 0
         self._folder_fd = -1
+        self._pages = Pages() if pages is None else pages
+        self._reopen_s = reopen_s
+        self._clock = clock
+        self._opened_at: dict[str, float] = {}  # by writer: when its files were last opened anew
+        self._known_dead: set[str] = set()
 
     # ---- what is there ----------------------------------------------------------------------------------------
 
@@ -141,15 +190,21 @@ class SpoolReader:
             FileNotFoundError: it was deleted.
         """
         found: list[tuple[int, str]] = []
-        if self._folder_fd < 0:
-            self._folder_fd = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        if os.fstat(self._folder_fd).st_nlink == 0:  # some file systems list one that is gone as empty
-            raise FileNotFoundError(errno.ENOENT, "the folder was deleted", str(self._folder))
-        with os.scandir(self._folder_fd) as entries:
-            for entry in entries:
-                match = _LOCK.fullmatch(entry.name)
-                if match:
-                    found.append((entry.stat().st_ctime_ns, match.group(1)))
+        # Opened anew at each look: some file systems (sshfs) list an open folder once, and then as empty. The first one
+        # is kept, so that its number can't be given to another folder.
+        fd = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            if self._folder_fd < 0:
+                self._folder_fd = os.dup(fd)
+            elif not os.path.samestat(os.fstat(self._folder_fd), os.fstat(fd)):
+                raise FileNotFoundError(errno.ENOENT, "the folder was deleted", str(self._folder))
+            with os.scandir(fd) as entries:
+                for entry in entries:
+                    match = _LOCK.fullmatch(entry.name)
+                    if match:
+                        found.append((entry.stat().st_ctime_ns, match.group(1)))
+        finally:
+            os.close(fd)
         return tuple(writer for _, writer in sorted(found))
 
     def _numbers(self, pattern: re.Pattern[str]) -> dict[str, list[int]]:
@@ -188,7 +243,7 @@ class SpoolReader:
         if file is None:
             name = segment_name(writer, number) if kind == "points" else frames_name(writer, number)
             try:
-                file = _File(self._open(writer, name, number))
+                file = _File(self._open(writer, name, number), self._pages)
             except FileNotFoundError:
                 return None
             self._files[key] = file
@@ -207,12 +262,12 @@ class SpoolReader:
         if file.damaged_header and file.seal is None:
             file.header = self._rebuilt(file, writer, number)  # what is appended to grows
         if file.header is None:
-            file.header = Header.unpack(os.pread(file.fd, HEADER_SIZE, 0))
+            file.header = Header.unpack(file.pread(HEADER_SIZE, 0))
         if file.header is None:
             rebuilt = self._rebuilt(file, writer, number)
             # Read again: the header is written before any slot, so it is there if slots were found, unless damaged. A
             # header that came between the two looks would otherwise be made up, with the size that the file had then.
-            page = os.pread(file.fd, HEADER_SIZE, 0)
+            page = file.pread(HEADER_SIZE, 0)
             file.header = Header.unpack(page)
             if file.header is None:
                 if not rebuilt.base and file.seal is None and not any(page[:64]):
@@ -239,6 +294,7 @@ class SpoolReader:
         Slots that were open at an earlier poll and have closed come first. `dead`: the writer's process is gone, so
         a slot that is still open stays so, and is passed for good.
         """
+        self._look_anew(writer, dead)
         self._before, self._seen[writer] = self._seen.get(writer, set()), set()
         room = limit
         late = self._closed(writer, position.open, dead)[:room]
@@ -274,6 +330,19 @@ class SpoolReader:
                 break
         return _joined(ranges), Position(number, slot, tuple(still_open))
 
+    def _look_anew(self, writer: str, dead: bool) -> None:
+        """Let files go that show an old state; what is passed as never written must not be what was not seen."""
+        if self._reopen_s is None:
+            return
+        now = self._clock()
+        if now - self._opened_at.setdefault(writer, now) < self._reopen_s and (not dead or writer in self._known_dead):
+            return
+        self._opened_at[writer] = now
+        if dead:
+            self._known_dead.add(writer)
+        for key in [key for key in self._files if key[0] == writer]:
+            os.close(self._files.pop(key).fd)
+
     def _look(  # noqa: PLR0917
         self,
         writer: str,
@@ -308,7 +377,7 @@ class SpoolReader:
 
     def _exists(self, writer: str, number: int) -> bool:
         file = self._file(writer, "points", number)
-        if file is not None and any(os.pread(file.fd, 64, 0)):
+        if file is not None and any(file.pread(64, 0)):
             return True
         return self._segment(writer, number) is not None
 
@@ -408,7 +477,7 @@ class SpoolReader:
         file = self._segment(writer, number)
         if file is None or file.header is None:
             return
-        record = os.pread(file.fd, SLOT_SIZE, HEADER_SIZE + (slot - 1) * SLOT_SIZE)
+        record = file.pread(SLOT_SIZE, HEADER_SIZE + (slot - 1) * SLOT_SIZE)
         if len(record) == SLOT_SIZE:
             _, value, _, _, marker = SLOT.unpack(record)
             if marker == file.header.base | FRAME and value == 1.0:
@@ -422,14 +491,17 @@ class SpoolReader:
         file = self._segment(writer, number)
         if file is None or file.header is None:
             return Taken(b"", (), 0, (Damage(*piece, "the segment is missing"),))
-        data = os.pread(file.fd, (end - first) * SLOT_SIZE, HEADER_SIZE + first * SLOT_SIZE)
+        data = file.pread((end - first) * SLOT_SIZE, HEADER_SIZE + first * SLOT_SIZE)
         whole = len(data) // SLOT_SIZE
         damaged: list[Damage] = []
         if first + whole < end:
             damaged.append(Damage(writer, number, first + whole, end, "the segment is cut short"))
             data = data[: whole * SLOT_SIZE]
-        bad = self._bad_slots(file, first, first + whole)
+        lost = file.lost(first, first + whole) if whole else []
+        damaged += [Damage(writer, number, a, b, "the disk can't read it") for a, b in lost]
+        bad = [one for one in self._bad_slots(file, first, first + whole) if not any(a <= one[0] < b for a, b in lost)]
         damaged += [Damage(writer, number, a, b, "checksum of a sealed page") for a, b in bad]
+        bad += lost
         base = file.header.base
         view = memoryview(data).cast("I")[7::8]
         if not bad and view.tobytes() == _word(base | POINT) * whole:
@@ -465,18 +537,17 @@ class SpoolReader:
         if file.seal is None or end <= first:
             return []
         bad: list[tuple[int, int]] = []
-        page_slots = PAGE // SLOT_SIZE
-        for page in range(first // page_slots, (end - 1) // page_slots + 1):
-            data = os.pread(file.fd, PAGE, HEADER_SIZE + page * PAGE)
+        for page in range(first // _PAGE_SLOTS, (end - 1) // _PAGE_SLOTS + 1):
+            data = file.pread(PAGE, HEADER_SIZE + page * PAGE)
             # Page 0 of the file is the header.
             if page + 1 >= len(file.seal.crcs) or crc32(data) != file.seal.crcs[page + 1]:
-                bad.append((max(first, page * page_slots), min(end, (page + 1) * page_slots)))
+                bad.append((max(first, page * _PAGE_SLOTS), min(end, (page + 1) * _PAGE_SLOTS)))
         return bad
 
     def _frame(self, writer: str, record: bytes) -> frame_files.Frame | None:
         _, _, offset, number, _ = SLOT.unpack(record)
         file = self._file(writer, "frames", number)
-        return None if file is None else read_frame(file.fd, offset)
+        return None if file is None else read_frame(file.fd, offset, self._pages.pread)
 
     def scan_frames(self, writer: str) -> Iterator[tuple[int, bytes]]:
         """All valid frames of a writer as (kind, payload), in order; `damaged_frames` counts what was passed over.
@@ -491,14 +562,18 @@ class SpoolReader:
             except FileNotFoundError:
                 continue
             try:
-                frame_files.check_header(fd, self._folder / name)
-                for frame in frame_files.scan(fd, self._count_damage):
+                frame_files.check_header(fd, self._folder / name, self._pages.pread)
+                for frame in frame_files.scan(fd, self._count_damage, self._pages.pread):
                     yield frame.kind, frame.payload
             finally:
                 os.close(fd)
 
     def _count_damage(self, start: int, end: int) -> None:
         self.damaged_frames += 1
+
+    def pread(self, fd: int, length: int, offset: int) -> bytes:
+        """Bytes of an open file of this folder, as they are read here: zeros where the disk has given up a page."""
+        return self._pages.pread(fd, length, offset)
 
     def used_slots(self, writer: str, number: int) -> tuple[int, int, int] | None:
         """Of a segment: how many slots were used, how many have no marker, the free ones behind them too, and its

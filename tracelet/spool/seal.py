@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import NamedTuple
 from zlib import crc32
 
-__all__ = ["PAGE", "VERSION", "Seal", "foreign_version", "read_seal", "seal_name", "write_seal"]
+from tracelet.spool.pages import PAGE, Pread
+
+__all__ = ["VERSION", "Seal", "foreign_version", "read_seal", "seal_name", "write_seal"]
 
 MAGIC = b"TRLTSEAL"
 VERSION = 1
-PAGE = 4096
 _HEADER = struct.Struct("<8sI16sIII")
 
 
@@ -33,12 +34,12 @@ def seal_name(writer: str, number: int) -> str:
     return f"{writer}-{number:06d}.seal"
 
 
-def write_seal(folder: Path, writer: str, number: int, fd: int, slots: int) -> Seal:
+def write_seal(folder: Path, writer: str, number: int, fd: int, slots: int, *, pread: Pread = os.pread) -> Seal:
     """Seal the segment open as `fd`; the file appears whole or not at all."""
     crcs: list[int] = []
     size = os.fstat(fd).st_size
     for at in range(0, size, PAGE):
-        crcs.append(crc32(os.pread(fd, PAGE, at)))
+        crcs.append(crc32(pread(fd, PAGE, at)))
     data = _HEADER.pack(MAGIC, VERSION, writer.encode("ascii"), number, slots, len(crcs))
     data += struct.pack(f"<{len(crcs)}I", *crcs)
     data += crc32(data).to_bytes(4, "little")
@@ -84,6 +85,8 @@ def _whole(folder: Path, writer: str, number: int) -> bytes | None:
             data = (place / seal_name(writer, number)).read_bytes()
         except FileNotFoundError:
             continue
+        except OSError:  # a disk that can't read it: as good as damaged
+            return None
         if len(data) < _HEADER.size + 4 or crc32(data[:-4]).to_bytes(4, "little") != data[-4:]:
             return None
         return data

@@ -20,9 +20,10 @@ from zlib import crc32
 
 from tracelet.errors import SpoolFormatError
 from tracelet.guard import guard
-from tracelet.spool.disk import allocate, refused
+from tracelet.spool.disk import allocate, refused, sync_folder
 from tracelet.spool.files import SPARES
 from tracelet.spool.lease import require_own
+from tracelet.spool.pages import Pages
 from tracelet.spool.points import HEADER_SIZE, SLOT_SIZE, segment_name
 from tracelet.spool.reader import DELIVERED, Position, SpoolReader
 from tracelet.spool.seal import VERSION as SEAL_VERSION
@@ -32,6 +33,7 @@ __all__ = [
     "Attempt",
     "Manifest",
     "RunFolder",
+    "flush_names",
     "held_manifest",
     "is_behind",
     "list_runs",
@@ -84,6 +86,18 @@ def make_folder(folder: Path) -> Path:
         if not parent.exists():
             parent.mkdir(mode=0o700, exist_ok=True)
     return folder
+
+
+def flush_names(folder: Path) -> None:
+    """Make a run's folder itself, and the names of all files in it, survive a loss of power.
+
+    Raises:
+        OSError: the disk would not have them.
+    """
+    sync_folder(folder)
+    sync_folder(folder.parent)
+    with contextlib.suppress(PermissionError):  # others' place for all of their spools may be closed to readers
+        sync_folder(folder.parent.parent)
 
 
 # ---- the manifest -----------------------------------------------------------------------------------------------
@@ -221,6 +235,10 @@ def _read_manifest(path: Path) -> Manifest | None:
         text = path.read_bytes()
     except FileNotFoundError:
         return None
+    except PermissionError:
+        raise
+    except OSError as error:  # a disk that fails: as good as damaged
+        raise SpoolFormatError(f"{path} can't be read ({error.strerror or error})", path=str(path)) from error
     try:
         fields = json.loads(text)
         check = fields.pop(_CHECK, None)
@@ -299,7 +317,7 @@ def _update_manifest(folder: Path, change: Callable[[Manifest | None], Manifest]
         manifest = change(read_manifest(folder))
         fields = _to_json(manifest)
         data = (json.dumps({**fields, _CHECK: _check(fields)}, indent=1) + "\n").encode("ascii")
-        write_whole(folder / MANIFEST, data)
+        write_whole(folder / MANIFEST, data, durable=True)
         with contextlib.suppress(OSError):  # an older copy is better than none
             write_whole(folder / COPY, data)
         return manifest
@@ -356,13 +374,19 @@ def _lock(fd: int, folder: Path) -> None:
         time.sleep(_LOCK_POLL_S)
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Put `data` at `path` in one step: it appears whole or not at all."""
+def write_whole(path: Path, data: bytes, *, durable: bool = False) -> None:
+    """Put `data` at `path` in one step: it appears whole or not at all.
+
+    `durable`: after a loss of power, too. Without, the name may be on the disk before the bytes are: an empty file.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with open(fd, "wb") as file:
             file.write(data)
+            if durable:
+                file.flush()
+                os.fsync(fd)
         os.rename(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -458,14 +482,14 @@ def make_spares(folder: Path, slots: int = 32768, *, max_bytes: int | None = Non
     return made
 
 
-def seal(folder: Path, writer: str, number: int, *, dead: bool = False) -> bool:
+def seal(folder: Path, writer: str, number: int, *, dead: bool = False, pages: Pages | None = None) -> bool:
     """Seal a segment that nobody writes to any more; False where one of its slots has no marker yet.
 
     A living writer leaves a segment only when all of its slots are taken, whatever stands behind it: the next one's
     file is made first, and on a full disk long before, and a slot that is filled behind a seal would be damage.
 
     `dead`: the writer ended or died, so slots without a marker stay so, and a file in which no segment was begun goes.
-    Sealed already: True.
+    `pages`: what the caller has found unreadable so far. Sealed already: True.
     """
     if read_seal(folder, writer, number) is not None:
         return True
@@ -479,7 +503,7 @@ def seal(folder: Path, writer: str, number: int, *, dead: bool = False) -> bool:
             SEAL_VERSION,
         )
         return True
-    reader = SpoolReader(folder)
+    reader = SpoolReader(folder, pages=pages)
     try:
         used = reader.used_slots(writer, number)
         if used is None:
@@ -487,7 +511,7 @@ def seal(folder: Path, writer: str, number: int, *, dead: bool = False) -> bool:
         slots, unmarked, fd = used
         if unmarked and not dead:
             return False
-        write_seal(folder, writer, number, fd, slots)
+        write_seal(folder, writer, number, fd, slots, pread=reader.pread)
         return True
     finally:
         reader.close()

@@ -17,7 +17,7 @@ from tracelet.guard import guard
 from tracelet.spool.disk import may_map, refused
 from tracelet.spool.files import Abandoned, FileSet, Gone
 from tracelet.spool.points import Address, Log, Seldom, fuse
-from tracelet.spool.store import make_folder, usage
+from tracelet.spool.store import flush_names, make_folder, usage
 
 __all__ = ["Address", "Counts", "Writer"]
 
@@ -163,8 +163,9 @@ class Writer:
         """How much this process has logged."""
         sets = list(self._sets.values())
         written = self._gone_points + sum(files.points() for files in sets)
-        points = written - self._lost - (self._seldom.voids - self._voids_before_fork)
-        return Counts(points, sum(files.frames for files in sets), self._refused)
+        doubtful = sum(files.doubtful()[0] for files in sets)
+        points = written - self._lost - doubtful - (self._seldom.voids - self._voids_before_fork)
+        return Counts(max(0, points), sum(files.frames for files in sets), self._refused + doubtful)
 
     @property
     def delivered_before(self) -> int:
@@ -172,10 +173,25 @@ class Writer:
         return self._gone_points - self._lost
 
     def sync(self) -> None:
-        """Flush to the disk itself, for power loss; a process's death needs none."""
-        with guard("flush the spool to the disk"):
-            for files in list(self._sets.values()):
-                files.sync()
+        """Flush to the disk itself, for power loss; a process's death needs none. Waits for the disk, and nobody else.
+
+        Raises:
+            SpoolError: some of what was logged is not on the disk, and may never be.
+        """
+        sets = list(self._sets.values())
+        if not sets:
+            return
+        try:
+            for files in sets:
+                files.sync(self._lock)
+            flush_names(self._folder)
+        except OSError as error:
+            raise SpoolError(
+                f"the spool folder {self._folder} could not be flushed to the disk ({error.strerror or error}):"
+                " what was logged there would not survive a loss of power. It can still be delivered, from memory; new"
+                " runs need another disk (TRACELET_DIR)",
+                folder=str(self._folder),
+            ) from error
 
     def end(self, kind: int, payload: bytes, time_unix_nano: int, *, brief: bytes | None = None) -> None:
         """Make new calls raise, wait briefly for threads inside, and write the END of every set of files.
@@ -219,7 +235,10 @@ class Writer:
                 depth = self._depth
                 self._depth = depth + 1
                 try:
-                    return act(self._files(depth, look=look))
+                    files = self._files(depth, look=look)
+                    done = act(files)
+                    self._tell_doubts(files)
+                    return done
                 except Abandoned:
                     continue  # forked meanwhile: once more, with files of our own
                 except Gone:
@@ -229,6 +248,18 @@ class Writer:
                     self._depth = depth
                     if self._end_due is not None and depth == 0:
                         self._write_end()
+
+    def _tell_doubts(self, files: FileSet) -> None:
+        slots, said = files.doubtful()
+        if said is not None:
+            guard.limited(
+                "keep what was written",
+                "%d records in the spool folder %s were written, and then not kept (%s): they count as refused, though"
+                " some of them may still be delivered from memory",
+                slots,
+                self._folder,
+                said.strerror or said,
+            )
 
     def _files(self, depth: int, *, look: bool = False) -> FileSet:
         files = self._sets.get(depth)
@@ -249,8 +280,11 @@ class Writer:
         files = self._sets.pop(depth)
         if depth == 0:
             self._fused.publish(None)
-        files.segment.seize()
-        self._void(files)
+        with contextlib.suppress(
+            OSError
+        ):  # gone with the file system it was on: a slot more or less, in an upper bound
+            files.segment.seize()
+            self._void(files)
         points = files.points()
         segment, slot = self._passed(files.writer)
         known = (segment - 1) * self._capacity + slot - files.frames  # at least so many of the slots were points
@@ -261,8 +295,8 @@ class Writer:
         self._refused += lost
         guard.limited(
             f"keep {self._folder}",
-            "the spool folder %s was deleted under the run, or its files closed: up to %d points are lost, and what"
-            " else had not been delivered. What is logged from now on goes into new files there",
+            "the spool folder %s was deleted under the run, or its disk unmounted, or its files closed: up to %d points"
+            " are lost, and what else had not been delivered. What is logged from now on goes into new files there",
             self._folder,
             lost,
         )
@@ -368,7 +402,9 @@ class Writer:
             except (OSError, SpoolError) as error:
                 guard.note("write the end of the run to its spool", error)
             else:
-                files.close()
+                self._tell_doubts(files)
+                with guard("close the files of the run"):  # a file system may say only here what it has not kept
+                    files.close()
 
     def _void(self, files: FileSet) -> None:
         """Close slots that no thread stands in; waits a moment for those that do."""

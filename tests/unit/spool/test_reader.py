@@ -336,3 +336,43 @@ def test_a_segment_that_comes_between_two_looks_is_read_to_its_end(tmp_path: Pat
     reader.close()
     end(writer)
     assert sorted(iteration for _, _, iteration in story.points) == list(range(1500))
+
+
+def test_files_of_another_host_are_opened_anew_when_they_may_show_an_old_state(tmp_path: Path) -> None:
+    now = [0.0]
+    writer = logged(tmp_path, 3)
+    name = str(writer.writer_id)
+    path = tmp_path / segment_name(name, 1)
+    reader = SpoolReader(tmp_path, reopen_s=1.0, clock=lambda: now[0])
+    _, position = reader.poll(name, START, 100, dead=False)
+    old = path.read_bytes()
+    writer.log("a", 1.5, 3)
+    # What a file system over a network shows of an open file may be as old as its opening: here it is another file.
+    new = path.read_bytes()
+    path.rename(tmp_path / "old")
+    (tmp_path / "old").write_bytes(old)
+    path.write_bytes(new)
+    assert reader.poll(name, position, 100, dead=False) == ((), position)
+    now[0] = 1.5
+    ranges, _ = reader.poll(name, position, 100, dead=False)
+    assert ranges == (SlotRange(name, 1, position.next, position.next + 1),)
+
+
+def test_a_writer_of_another_host_that_is_dead_is_looked_at_anew_before_anything_is_passed(tmp_path: Path) -> None:
+    writer = logged(tmp_path, 3)
+    name = str(writer.writer_id)
+    path = tmp_path / segment_name(name, 1)
+    slot = Slot(tmp_path, writer, 3)
+    slot.open()
+    reader = SpoolReader(tmp_path, reopen_s=1000.0)
+    _, position = reader.poll(name, START, 100, dead=False)
+    assert position.open == ((1, 3),)
+    stale = path.read_bytes()
+    slot.close()
+    new = path.read_bytes()
+    path.rename(tmp_path / "old")
+    (tmp_path / "old").write_bytes(stale)
+    path.write_bytes(new)
+    ranges, position = reader.poll(name, position, 100, dead=True)
+    assert ranges == (SlotRange(name, 1, 3, 4),)
+    assert position.open == ()
