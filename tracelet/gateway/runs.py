@@ -29,7 +29,7 @@ from tracelet.spool.reader import SpoolReader
 if TYPE_CHECKING:
     from tracelet.otlp.arrival import Arrival, AttemptEnd, Piece
 
-__all__ = ["FOLDER", "SEGMENT_BYTES", "RunSpool", "Stored", "Terms"]
+__all__ = ["FOLDER", "SEGMENT_BYTES", "RunSpool", "Stored", "Terms", "owner_of"]
 
 FOLDER = "gateway"
 """The name of a run's folder here: a boot changes nothing, since nobody's training writes in it."""
@@ -68,6 +68,11 @@ class Stored:
     points: int = 0
     repeat: bool = False
     anything: bool = False  # there is something new for a destination
+
+
+def owner_of(manifest: store.Manifest) -> str:
+    """The name of the token that a run belongs to; empty: nobody's."""
+    return str(manifest.extra.get("owner") or "")
 
 
 class _Pen:
@@ -132,7 +137,7 @@ class RunSpool:
     @property
     def owner(self) -> str:
         """The name of the token that the run belongs to; empty: nobody's."""
-        return str(self.manifest.extra.get("owner") or "")
+        return owner_of(self.manifest)
 
     def adopt(self, owner: str) -> None:
         """Give a run that is nobody's to `owner`; one that is somebody's by now stays so."""
