@@ -23,6 +23,7 @@ __all__ = [
     "ParamsLogged",
     "Part",
     "PointBatch",
+    "RankEnded",
     "Record",
     "RunInfo",
     "RunStarted",
@@ -194,6 +195,19 @@ class AttemptEnded:
     tags: Mapping[str, str]
     open_spans: tuple[SpanStarted, ...]  # phases that never ended
     series: Mapping[str, tuple[tuple[str, int], ...]]  # writer id -> its metric names, each with its last stamp (ns)
+    speaks: bool = True  # its end may be the run's; not that of a host's lowest rank where rank 0 is on another host
+
+
+@dataclass(frozen=True, slots=True)
+class RankEnded:
+    """One more rank of an attempt is over at this destination: the end of its span, not the run's."""
+
+    status: str
+    start_unix_nano: int
+    end_unix_nano: int
+    error: ErrorInfo | None
+    open_spans: tuple[SpanStarted, ...]  # its phases that never ended
+    series: Mapping[str, tuple[tuple[str, int], ...]]  # as an attempt's, of its own writers
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,5 +326,6 @@ Record = (
     | FlushAsked
     | WriterEnded
     | AttemptEnded
+    | RankEnded
     | Again
 )

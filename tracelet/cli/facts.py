@@ -12,7 +12,7 @@ from tracelet import codec
 from tracelet.errors import SpoolError
 from tracelet.records import FlushAsked, MetricNamed, WriterEnded, WriterOpened
 from tracelet.spool import home, lease, store
-from tracelet.spool.cursor import DestinationProgress, Progress
+from tracelet.spool.cursor import DestinationProgress, Progress, rank_mark
 from tracelet.spool.reader import START, Position, SpoolReader
 
 __all__ = ["LOST", "NOT_DELIVERED", "RUNNING", "Destination", "Facts", "address", "look", "newest"]
@@ -112,9 +112,10 @@ def look(entry: store.RunFolder) -> Facts:
     try:
         writers = reader.writers()
         alive = tuple(writer for writer in writers if lease.is_alive(folder, writer))
-        attempt_of = {writer: _attempt_of(reader, writer) for writer in writers}
+        openings = {writer: opening(reader, writer) for writer in writers}
+        attempt_of = {writer: None if one is None else one.attempt_key for writer, one in openings.items()}
         progress, problem = _progress(folder, entry.problem)
-        with_end = _with_end(manifest, attempt_of)
+        with_end = _with_end(manifest, [one for one in openings.values() if one is not None])
         elsewhere = manifest is not None and not home.is_here(manifest)
         ended = {attempt_of[writer] for writer in writers if elsewhere and _has_end(reader, writer)}
         destinations = tuple(
@@ -201,17 +202,21 @@ def opening(reader: SpoolReader, writer: str) -> WriterOpened | None:
     return None
 
 
-def _attempt_of(reader: SpoolReader, writer: str) -> str | None:
-    opened = opening(reader, writer)
-    return None if opened is None else opened.attempt_key
+def _with_end(manifest: store.Manifest | None, openings: Sequence[WriterOpened]) -> set[str]:
+    """The ends that a destination has to have, as its journal calls them: of attempts, and of their further ranks.
 
-
-def _with_end(manifest: store.Manifest | None, attempt_of: Mapping[str, str | None]) -> set[str]:
-    """The attempts whose end a destination has to have; of what came over the wire only those that were said to end."""
-    begun = {attempt for attempt in attempt_of.values() if attempt is not None}
+    Of what came over the wire only those of attempts that were said to end.
+    """
+    begun = {opened.attempt_key for opened in openings}
     if manifest is not None and manifest.extra.get("received"):
-        begun &= {attempt.key for attempt in manifest.attempts if attempt.ended is not None}
-    return begun
+        return begun & {attempt.key for attempt in manifest.attempts if attempt.ended is not None}
+    marks = set(begun)
+    for key in begun:
+        ranks = {opened.rank for opened in openings if opened.attempt_key == key and opened.role == "first"}
+        attempt = manifest.attempt(key) if manifest is not None else None
+        told = None if attempt is None or attempt.ended is None else attempt.ended.get("rank")
+        marks |= {rank_mark(key, rank) for rank in ranks - {min(ranks, default=0) if told is None else told}}
+    return marks
 
 
 def _destination(

@@ -6,7 +6,7 @@ its positions), and by every thread as it reads on. Entries are only added and n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from tracelet import codec
 from tracelet.errors import SpoolError
@@ -41,11 +41,21 @@ class Roster:
         """The attempt's writers whose opening is known, first come first."""
         return [writer for writer, opened in list(self.opened.items()) if opened.attempt_key == attempt_key]
 
-    def first_of(self, attempt_key: str) -> str | None:
-        """The writer whose end is the attempt's: the lowest rank's first one; any, if a damaged folder has none."""
-        mine = self.writers_of(attempt_key)
-        firsts = [writer for writer in mine if self.opened[writer].role == "first"]
-        return min(firsts or mine, key=lambda writer: self.opened[writer].rank, default=None)
+    def first_of(self, attempt_key: str, rank: int | None = None) -> str | None:
+        """The writer whose end is the attempt's: the lowest rank's first one; any, if a damaged folder has none.
+
+        With `rank`, of that rank alone.
+        """
+        mine = [one for one in self.writers_of(attempt_key) if rank is None or self.opened[one].rank == rank]
+        return min(self.firsts(mine) or mine, key=lambda writer: self.opened[writer].rank, default=None)
+
+    def firsts(self, writers: Iterable[str]) -> list[str]:
+        """Those of `writers` whose end is their rank's."""
+        return [writer for writer in writers if self.opened[writer].role == "first"]
+
+    def ranks_of(self, attempt_key: str) -> list[int]:
+        """The attempt's ranks that have begun here, the lowest first."""
+        return sorted({self.opened[writer].rank for writer in self.firsts(self.writers_of(attempt_key))})
 
     def learn(self, writer: str, record: Record) -> None:
         """Take what a record says about its writer."""

@@ -219,7 +219,8 @@ class Shipment:
         for identity in objects:
             there = self._progress.destinations.get(identity)
             # An end is made of frames that it has passed already.
-            whole = there is not None and all(there.done.get(attempt) for attempt in self.site.decided)
+            marks = [end.mark for attempt in self.site.decided for end in self.site.ends_of(attempt)]
+            whole = there is not None and all(there.done.get(mark) for mark in marks)
             away.append(_Away(identity, there.positions if there is not None and whole else {}))
         return [*self.lanes.values(), *away]
 
@@ -275,10 +276,10 @@ class Shipment:
         """Every destination has what was there when it last looked, and the ends of attempts that are over."""
         site = self.site
         for attempt in site.manifest.attempts:
-            first = site.roster.first_of(attempt.key)
+            writers = site.roster.writers_of(attempt.key)
             # Of what came over the wire the writers end without the run: a gateway closes its files, or dies.
-            over = attempt.key in site.decided if site.received else first is not None and site.is_over(first)
-            if over and first is not None and not all(lane.is_done(attempt.key) for lane in self.lanes.values()):
+            over = attempt.key in site.decided if site.received else all(map(site.is_over, site.roster.firsts(writers)))
+            if over and writers and not all(lane.is_done(attempt.key) for lane in self.lanes.values()):
                 return False
         return self._all_started() and all(lane.caught_up for lane in self.lanes.values())
 

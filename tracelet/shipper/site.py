@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,11 +21,12 @@ from tracelet.shipper.roster import Roster, decode_frame
 from tracelet.shipper.standin import stand_in
 from tracelet.shipper.status import PROVISIONAL, Verdict, decide
 from tracelet.spool import store
+from tracelet.spool.cursor import rank_mark
 from tracelet.spool.points import SLOT_SIZE
 from tracelet.spool.reader import Position, SpoolReader
 from tracelet.spool.store import Attempt, Manifest
 
-__all__ = ["Clock", "Decided", "Site"]
+__all__ = ["Clock", "Decided", "End", "Site"]
 
 EXIT_WAIT_S = 10.0
 """How long an interpreter that said it is leaving may take until its exit code no longer counts."""
@@ -63,6 +64,16 @@ class Decided:
         return now - self.noticed
 
 
+@dataclass(frozen=True, slots=True)
+class End:
+    """One end to be told of an attempt: its own, or that of one more of its ranks."""
+
+    mark: str  # what a journal calls it
+    rank: int | None  # None: nothing of the attempt can be read
+    decided: Decided | None  # None: not over yet
+    whole: bool  # with params, tags and what may be the run's status
+
+
 class Site:
     """One run's folder on this host, as its shipper sees it."""
 
@@ -85,6 +96,7 @@ class Site:
         self.deaths = deaths
         self.roster = Roster()
         self.decided: dict[str, Decided] = {}
+        self._ranks: dict[tuple[str, int], Decided] = {}  # the ends of further ranks, each its own
         self.writers: tuple[str, ...] = ()  # those whose opening is known, in order of appearance
         self.strangers: set[str] = set()  # writers whose files are of a format that this release doesn't know
         self.backend_ids = backend_ids
@@ -131,6 +143,26 @@ class Site:
         rank = attempt.rank if first is None else self.roster.opened[first].rank
         return rank == 0 or self.received or bool(attempt.extra.get("launch", {}).get("all_here"))
 
+    def ends_of(self, attempt_key: str) -> list[End]:
+        """What has to be told of the attempt's end: its own, which is its lowest rank's, and each further rank's."""
+        main = End(attempt_key, self._rank_of_end(attempt_key), self.decided.get(attempt_key), whole=True)
+        ranks = [] if self.received else self.roster.ranks_of(attempt_key)
+        # Rank 0 is the root span: should it come so late that another rank's end was told for the attempt, its own
+        # is told all the same, and is the run's.
+        return [main] + [
+            End(rank_mark(attempt_key, rank), rank, self._ranks.get((attempt_key, rank)), whole=rank == 0)
+            for rank in ranks
+            if rank != main.rank
+        ]
+
+    def _rank_of_end(self, attempt_key: str) -> int | None:
+        """The rank whose end is the attempt's here. Once it is decided it stays, whoever comes late."""
+        decided = self.decided.get(attempt_key)
+        if decided is not None and decided.verdict.rank is not None:
+            return decided.verdict.rank
+        first = self.roster.first_of(attempt_key)
+        return None if first is None else self.roster.opened[first].rank
+
     @property
     def state(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The writers and attempts known now: what "finished" is about."""
@@ -156,6 +188,9 @@ class Site:
         for attempt in self.manifest.attempts:
             if attempt.key not in self.decided or (self.received and attempt.ended is not None):
                 self._decide(attempt)
+            for end in self.ends_of(attempt.key)[1:]:
+                if end.decided is None:
+                    self._decide_rank(attempt, end)
 
     def has_news(self) -> bool:
         """A writer or an attempt has come since the last look. Takes nothing in: for who no longer holds the lock.
@@ -249,18 +284,49 @@ class Site:
         first = self.roster.first_of(attempt.key)
         if first is None or self.received:  # the end of a received attempt is put into the manifest by who received it
             return
-        firsts = [w for w in self.roster.writers_of(attempt.key) if self.roster.opened[w].role == "first"]
-        if not all(self.is_over(writer) for writer in firsts or [first]):
+        if self._waits_for_rank_0(attempt, now):
             return
+        firsts = self.roster.firsts(self.roster.writers_of(attempt.key))
+        told = self._verdict(attempt.key, first, firsts or [first], now)
+        if told is not None:
+            self.decided[attempt.key] = Decided(self._settle(attempt, told), now)
+            logger.info("attempt %s of run %s is over: %s", attempt.key, self.run.run_id, told.status)
+
+    def _decide_rank(self, attempt: Attempt, end: End) -> None:
+        assert end.rank is not None, "a further rank has a number"
+        now, kept = self._clock.monotonic(), attempt.ranks_ended.get(str(end.rank))
+        if kept is not None:
+            self._ranks[attempt.key, end.rank] = Decided(Verdict.from_json(kept), float("-inf"))
+            return
+        first = self.roster.first_of(attempt.key, end.rank)
+        assert first is not None, "who is told of has begun"
+        firsts = self.roster.firsts(self.roster.writers_of(attempt.key))
+        mine = [writer for writer in firsts if self.roster.opened[writer].rank == end.rank]
+        verdict = self._verdict(end.mark, first, mine, now)
+        if verdict is not None:
+            self._ranks[attempt.key, end.rank] = Decided(self._settle(attempt, verdict, further=True), now)
+
+    def _verdict(self, what: str, first: str, firsts: Sequence[str], now: float) -> Verdict | None:
+        """How it ended for the writer `first`; None as long as one of `firsts` lives."""
+        if not all(self.is_over(writer) for writer in firsts):
+            return None
         ended = self.roster.ended.get(first)
-        if self._waits_for_exit(attempt.key, first, ended, now):
-            return
+        if self._waits_for_exit(what, first, ended, now):
+            return None
         dead = self.deaths.is_dead(first)
         watched = self.deaths.was_seen_alive(first) and not self.deaths.from_elsewhere
         gone = self._clock.time_ns() if ended is not None or watched else self._last_record_unix_nano(first)
         verdict = decide(ended, exit_code=self.deaths.exit_code(first) if dead else None, gone_unix_nano=gone)
-        self.decided[attempt.key] = Decided(self._settle(attempt, verdict), now)
-        logger.info("attempt %s of run %s is over: %s", attempt.key, self.run.run_id, verdict.status)
+        return dataclasses.replace(verdict, rank=self.roster.opened[first].rank)
+
+    def _waits_for_rank_0(self, attempt: Attempt, now: float) -> bool:
+        """A launch whose ranks are all here, and rank 0, whose end is the run's, has not begun: it may just be slow."""
+        ranks = self.roster.ranks_of(attempt.key)
+        if not attempt.extra.get("launch", {}).get("all_here") or not ranks or ranks[0] == 0:
+            return False
+        if not all(self.is_over(writer) for writer in self.roster.firsts(self.roster.writers_of(attempt.key))):
+            return True
+        return now - self._end_seen.setdefault(f"{attempt.key} without rank 0", now) < HOLLOW_AFTER_S
 
     def _waits_for_exit(self, key: str, first: str, ended: WriterEnded | None, now: float) -> bool:
         """An END of an interpreter on its way out: wait for its exit code, while there is a process to ask."""
@@ -272,24 +338,34 @@ class Site:
         gone_since = self._end_seen.setdefault(f"{key} gone", now)
         return self.deaths.exit_code(first) is None and now - gone_since < REAP_WAIT_S
 
-    def _settle(self, attempt: Attempt, verdict: Verdict) -> Verdict:
-        """Write the verdict down, once for all destinations and shippers; the one that was there first stands."""
+    def _settle(self, attempt: Attempt, verdict: Verdict, *, further: bool = False) -> Verdict:
+        """Write the verdict down, once for all destinations and shippers; the one that was there first stands.
+
+        `further`: it is one rank's, and not the attempt's.
+        """
         if self._in_process:
             return verdict
 
         def put(manifest: Manifest | None) -> Manifest:
             current = self.manifest if manifest is None else manifest
             mine = current.attempt(attempt.key)
-            if mine is None or mine.ended is not None:
+            if mine is None or written(mine) is not None:
                 return current
+            if further:
+                ranks = {**mine.ranks_ended, str(verdict.rank): verdict.to_json()}
+                return current.with_attempt(dataclasses.replace(mine, ranks_ended=ranks))
             return current.with_attempt(dataclasses.replace(mine, ended=verdict.to_json()))
 
+        def written(mine: Attempt) -> Mapping[str, Any] | None:
+            return mine.ranks_ended.get(str(verdict.rank)) if further else mine.ended
+
         try:
-            kept = store.update_manifest(self.folder, put, make=False).attempt(attempt.key)
+            mine = store.update_manifest(self.folder, put, make=False).attempt(attempt.key)
         except (OSError, SpoolError) as error:  # no room, or damaged: the end is delivered all the same
             guard.note("write an attempt's end into the manifest", error)
             return verdict
-        return verdict if kept is None or kept.ended is None else Verdict.from_json(kept.ended)
+        kept = None if mine is None else written(mine)
+        return verdict if kept is None else Verdict.from_json(kept)
 
     def _last_record_unix_nano(self, writer: str) -> int:
         """When a writer that nobody watched wrote last."""

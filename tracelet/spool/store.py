@@ -98,6 +98,7 @@ class Attempt:
     shipper: str = "process"  # "process", "thread", "off"
     lease_until_unix_nano: int | None = None  # for other hosts; None: no lease is kept
     number: int = 0  # 1, 2, ... by the order of starts, which a clock set back can't change; 0: not known
+    ranks_ended: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # rank -> as `ended`: of further ranks
     extra: Mapping[str, Any] = field(default_factory=dict)  # what a newer minor version added
 
     @property
@@ -177,6 +178,7 @@ _ATTEMPT_TYPES: dict[str, _Type] = {
     "number": int,
     "destinations": list,
     "ended": (dict, type(None)),
+    "ranks_ended": dict,
     "shipper": str,
     "lease_until_unix_nano": (int, type(None)),
 }
@@ -186,6 +188,7 @@ _ENDED_TYPES: dict[str, _Type] = {
     "seen_by": str,
     "error": (dict, type(None)),
     "exit_code": (int, type(None)),
+    "rank": (int, type(None)),
 }
 _ERROR_TYPES: dict[str, _Type] = {"type": str, "message": str, "stacktrace": str}
 
@@ -258,10 +261,15 @@ def _expect_attempt(attempt: Any) -> None:
         if not _IS_ID.fullmatch(destination["id"]) or not destination["kind"]:
             raise ValueError(f"a destination has the id {destination['id']!r}")
     ended = attempt.get("ended")
-    if ended is not None:
-        _expect({"status": None, "end_unix_nano": None, **ended}, _ENDED_TYPES)
-        if ended.get("error") is not None:
-            _expect({"type": None, "message": None, **ended["error"]}, _ERROR_TYPES)
+    for verdict in (*([] if ended is None else [ended]), *attempt.get("ranks_ended", {}).values()):
+        _expect_ended(verdict)
+
+
+def _expect_ended(ended: Any) -> None:
+    _expect({"ended": ended}, {"ended": dict})
+    _expect({"status": None, "end_unix_nano": None, **ended}, _ENDED_TYPES)
+    if ended.get("error") is not None:
+        _expect({"type": None, "message": None, **ended["error"]}, _ERROR_TYPES)
 
 
 def _check(fields: Mapping[str, Any]) -> str:

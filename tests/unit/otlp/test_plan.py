@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -23,6 +24,7 @@ from tracelet.records import (
     Heartbeat,
     ParamsLogged,
     Part,
+    RankEnded,
     Record,
     RunStarted,
     Scalar,
@@ -268,6 +270,27 @@ def test_another_rank_is_a_child_of_the_root_without_params() -> None:
     assert span.name == "rank 2"
     assert span.parent_span_id.hex() == ids.root_span_id(RUN.run_id, KEY)
     assert "tracelet.param.lr" not in attributes(span)
+
+
+def test_a_ranks_end_is_its_span_its_open_phases_and_its_series_and_nothing_about_the_run() -> None:
+    phase = SpanStarted("1" * 16, ids.rank_span_id(RUN.run_id, KEY, 2), "epoch", START + MS)
+    begun = plan(batch((), [RunStarted(START, "r", {}, {}, f"00-{'c' * 32}-{'d' * 16}-01")]), Ledger())
+    rank = RankEnded("KILLED", START, END, None, (phase,), {"w" * 16: (("loss", START),)})
+    planned = plan(batch((), [rank], opening=opened(2), number=2), begun.after)
+    left_open, span = spans(planned)
+    assert (left_open.name, left_open.parent_span_id) == ("epoch", span.span_id)
+    assert (span.name, attributes(span)["tracelet.run.state"], len(span.links)) == ("rank 2", "KILLED", 0)
+    assert span.parent_span_id.hex() == ids.root_span_id(RUN.run_id, KEY)
+    assert not sent(planned, "logs")
+    assert not metrics(planned, "tracelet.run")
+    assert [metric.name for _, metric in metrics(planned, "tracelet")] == ["loss"]
+
+
+def test_an_attempts_end_where_rank_0_is_not_is_no_event() -> None:
+    elsewhere = dataclasses.replace(ended("FAILED", newest=False), speaks=False)
+    planned = plan(batch((), [elsewhere], opening=opened(2)), Ledger())
+    assert [span.name for span in spans(planned)] == ["rank 2"]
+    assert not sent(planned, "logs")
 
 
 def test_every_live_series_gets_an_end_marker_after_its_last_point_under_its_own_resource() -> None:
