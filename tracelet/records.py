@@ -56,9 +56,6 @@ class WriterOpened:
     attempt_key: str
     attempt_started_unix_nano: int
     resource: Mapping[str, Scalar]  # exactly the attributes of the wire contract
-    # 1, 2, ... as attempts follow one another on a host, whatever its clock says; 0: not known (an older release, or
-    # what came over the wire).
-    attempt_number: int = 0
 
 
 @dataclass(frozen=True, slots=True)

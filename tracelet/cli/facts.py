@@ -15,7 +15,7 @@ from tracelet.spool import home, lease, store
 from tracelet.spool.cursor import DestinationProgress, Progress, rank_mark
 from tracelet.spool.reader import START, Position, SpoolReader
 
-__all__ = ["LOST", "NOT_DELIVERED", "RUNNING", "Destination", "Facts", "address", "look", "newest"]
+__all__ = ["LOST", "NOT_DELIVERED", "RUNNING", "Destination", "Facts", "address", "look"]
 
 RUNNING, NOT_DELIVERED, UNREADABLE = "RUNNING", "ended, not delivered", "unreadable"
 LOST = "LOST"  # behind a gateway, or on another host: nothing has been heard of it for long; it may speak again
@@ -145,7 +145,7 @@ def look(entry: store.RunFolder) -> Facts:
 
 def _quiet(folder: Path, manifest: store.Manifest | None, ended: Collection[str | None]) -> str:
     """The state of another host's run that no lock here shows alive and that nobody has ended."""
-    attempt = newest(manifest) if manifest is not None else None
+    attempt = manifest.newest if manifest is not None else None
     if attempt is None or attempt.key in ended or (manifest is not None and home.is_of_an_earlier_boot(manifest)):
         return NOT_DELIVERED
     told = home.read_lease(folder)
@@ -177,15 +177,10 @@ def _progress(folder: Path, problem: str | None) -> tuple[Mapping[str, Destinati
     return progress.destinations, problem
 
 
-def newest(manifest: store.Manifest) -> store.Attempt | None:
-    """The attempt that was started last: the one whose end is the run's."""
-    return max(manifest.attempts, key=lambda attempt: attempt.order, default=None)
-
-
 def _state(manifest: store.Manifest | None, problem: str | None, alive: Sequence[str], *, quiet: str) -> str:
     if problem is not None:
         return UNREADABLE
-    attempt = newest(manifest) if manifest else None
+    attempt = manifest.newest if manifest else None
     ended = None if attempt is None or attempt.ended is None else str(attempt.ended["status"])
     if manifest is not None and manifest.extra.get("received"):  # its writers are a gateway's: they tell nothing
         return ended or (LOST if manifest.extra.get("lost") else RUNNING)

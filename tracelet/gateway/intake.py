@@ -129,7 +129,7 @@ class Intake:
 
     def _take_up(self, run_id: str, folder: Path, manifest: store.Manifest) -> None:
         self._known.add(run_id)
-        newest = max(manifest.attempts, key=lambda one: one.started_unix_nano, default=None)
+        newest = manifest.newest
         if manifest.extra.get("lost"):
             self._silence.lost(run_id)
         elif newest is not None and newest.ended is None:

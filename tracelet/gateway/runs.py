@@ -17,6 +17,7 @@ from tracelet.gateway.latest import Latest
 from tracelet.gateway.pieces import Pieces
 from tracelet.gateway.repeats import Repeats, digest_of
 from tracelet.guard import guard, logger
+from tracelet.otlp import semconv
 from tracelet.records import LOST, RUNNING, MetricNamed, Record, RunInfo, RunStarted, Scalar, StateNoted, WriterOpened
 from tracelet.shipper.roster import Roster, frames_of
 from tracelet.shipper.status import Verdict
@@ -154,7 +155,7 @@ class RunSpool:
     @property
     def is_ended(self) -> bool:
         """Its newest attempt has ended."""
-        newest = max(self.manifest.attempts, key=lambda one: one.started_unix_nano, default=None)
+        newest = self.manifest.newest
         return newest is not None and newest.ended is not None
 
     def writers(self) -> frozenset[str]:
@@ -307,6 +308,7 @@ class RunSpool:
                 started_unix_nano=self._time_of(arrival) if exact is None else exact,
                 pid=os.getpid(),
                 rank=arrival.rank,
+                order_unix_nano=_order_of(arrival),
                 destinations=self._terms.destinations,
                 extra={"estimated": exact is None},
             )
@@ -341,9 +343,9 @@ class RunSpool:
             OSError, SpoolError: it could not be written.
         """
         with self.lock:
-            if self.is_lost or self.is_ended or not self.manifest.attempts:
+            newest = self.manifest.newest
+            if self.is_lost or self.is_ended or newest is None:
                 return False
-            newest = max(self.manifest.attempts, key=lambda one: one.started_unix_nano)
             rank = next((rank for rank in self._pens if rank[0] == newest.key), None)
             if rank is None:
                 opened = self._known_opening(newest)
@@ -443,6 +445,12 @@ def _is_better(ended: AttemptEnd, known: Mapping[str, Any] | None) -> bool:
     return known is None or _WITNESSES.get(ended.told_by, 0) > _WITNESSES.get(str(known.get("seen_by")), 0)
 
 
+def _order_of(arrival: Arrival) -> int:
+    """What the sender says that its attempts are sorted by; 0: nothing, so that the start has to do."""
+    order = arrival.resource.get(semconv.ATTEMPT_ORDER)
+    return order if type(order) is int and order > 0 else 0
+
+
 def _resource_of(manifest: store.Manifest, attempt: store.Attempt) -> dict[str, Scalar]:
     return {
         "service.name": manifest.project,
@@ -451,6 +459,7 @@ def _resource_of(manifest: store.Manifest, attempt: store.Attempt) -> dict[str, 
         "tracelet.run.id": manifest.run_id,
         "tracelet.run.name": manifest.run_name,
         "tracelet.run.attempt": attempt.key,
+        semconv.ATTEMPT_ORDER: attempt.order,
         "tracelet.rank": attempt.rank,
     }
 
