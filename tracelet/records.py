@@ -152,7 +152,8 @@ class SpansReceived:
 
 @dataclass(frozen=True, slots=True)
 class StateNoted:
-    """What a gateway knows of a run it can't see: LOST after a long silence, RUNNING once it speaks again."""
+    """What a gateway or another host's shipper knows of a run it can't see: LOST after a long silence, RUNNING
+    once it speaks again. No end."""
 
     time_unix_nano: int
     state: str

@@ -24,8 +24,6 @@ _AT_ONCE = 1 << 20  # slots asked of the reader at a time
 _SILENT = frozenset(codec.kind_of(kind) for kind in (WriterOpened, MetricNamed, FlushAsked))
 _END = codec.kind_of(WriterEnded)
 _RECORD = 32  # bytes of a point
-LOST_AFTER_S = 3600.0
-"""Of another host's run without a lease: how long its folder may be silent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,16 +149,11 @@ def _quiet(folder: Path, manifest: store.Manifest | None, ended: Collection[str 
     told = home.read_lease(folder)
     if told is not None:
         return RUNNING if _age_s(told.renewed_unix_nano) < home.MISSED_S else LOST
-    return RUNNING if _age_s(_touched_ns(folder)) < LOST_AFTER_S else LOST
+    return RUNNING if _age_s(home.last_written_ns(folder)) < home.SILENT_S else LOST
 
 
 def _age_s(unix_nano: int) -> float:
     return (time.time_ns() - unix_nano) / 1e9
-
-
-def _touched_ns(folder: Path) -> int:
-    """When anything in the folder was written last; a mapped file's time is as of the kernel's last flush."""
-    return max((path.stat().st_mtime_ns for path in folder.glob("*.*")), default=0)
 
 
 def _has_end(reader: SpoolReader, writer: str) -> bool:

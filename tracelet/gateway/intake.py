@@ -179,7 +179,9 @@ class Intake:
         stored = []
         for arrival in arrivals:
             stored.append(self._store(arrival, caller))
-            if not stored[-1][1].repeat:
+            if stored[-1][0].is_lost:
+                self._silence.lost(arrival.run.run_id)
+            elif not stored[-1][1].repeat:
                 self._silence.heard(arrival.run.run_id)
         runs = dict.fromkeys(run for run, _ in stored)
         self._commit.wait(runs)

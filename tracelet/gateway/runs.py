@@ -184,6 +184,9 @@ class RunSpool:
             self.heard = time.monotonic()
             substance = bool(arrival.points or arrival.records or arrival.pieces)
             known = self.manifest.attempt(arrival.attempt_key)
+            if known is not None and arrival.lost and not substance and arrival.ended is None:
+                # Of an attempt that is no more the newest it says nothing about the run.
+                return Stored(anything=known == self.manifest.newest and self.note_lost())
             if known is not None and not substance and not self._tells_more(known, arrival) and not self.is_lost:
                 return Stored()
             rank = (arrival.attempt_key, arrival.rank, arrival.instance_id)

@@ -44,6 +44,7 @@ from tracelet.records import (
     Scalar,
     SpanEnded,
     SpanStarted,
+    StateNoted,
     TagsSet,
     WriterOpened,
 )
@@ -174,6 +175,10 @@ class _Work:
         if spans:
             yield SpansLoad(resource, tuple(spans))
         for record in part.records:
+            if isinstance(record, StateNoted):
+                # A moment after the last heartbeat; and what comes next is a moment after this.
+                self.ledger.beat = max(record.time_unix_nano, self.note["beat"] + run_metrics.MILLISECOND)
+                yield MetricsLoad(resource, tuple(run_metrics.status(self.ledger.beat, record.state)))
             if isinstance(record, AttemptEnded):
                 yield from self._ended(resource, opened, record)
             if isinstance(record, (AttemptEnded, RankEnded)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from tracelet.records import AttemptEnded, Batch, Part, RankEnded
+from tracelet.records import AttemptEnded, Batch, Part, RankEnded, StateNoted
 from tracelet.shipper.batches import Assembled, empty_points, instance_of
 from tracelet.shipper.roster import Roster, frames_of
 from tracelet.shipper.stamps import State, series_key
@@ -16,7 +16,13 @@ if TYPE_CHECKING:
     from tracelet.shipper.site import End, Site
     from tracelet.spool.store import Attempt
 
-__all__ = ["ending_from", "ending_of"]
+__all__ = ["ending_from", "ending_of", "word_of"]
+
+
+def word_of(attempt: Attempt, state: str, noted_unix_nano: int) -> dict[str, Any]:
+    """What the word that a run is silent, or speaks again, is made from: no end, and told in the same way."""
+    mark = f"{attempt.key}/{state} {noted_unix_nano}"
+    return {"attempt": attempt.key, "mark": mark, "noted": state, "noted_unix_nano": noted_unix_nano}
 
 
 def ending_of(site: Site, reader: SpoolReader, attempt: Attempt, end: End) -> dict[str, Any]:
@@ -58,6 +64,10 @@ def ending_from(
     roster, key = site.roster, str(extra["attempt"])
     first = roster.first_of(key, extra.get("rank"))
     assert first is not None, "an attempt without a writer has no end to be told"
+    if "noted" in extra:
+        word = StateNoted(extra["noted_unix_nano"], str(extra["noted"]))
+        said = Part(first, roster.opened[first], (word,), empty_points())
+        return Assembled(Batch(number, site.run, str(site.folder), (said,)), {}, (), {}, extra)
     mine = extra.get("mine", extra["frames"])
     fold = Fold()
     for writer, count in extra["frames"].items():

@@ -20,10 +20,10 @@ from typing import Any
 from tracelet.errors import ConfigError, IntegrationUnavailable
 from tracelet.exporters.base import Answer, Delivered, Delivery, Exporter, Refusal, Rejected, RetryLater
 from tracelet.guard import guard, logger
-from tracelet.records import RUNNING, Batch, Heartbeat, Part
+from tracelet.records import LOST, RUNNING, Batch, Heartbeat, Part
 from tracelet.shipper.batches import Assembled, Gathering, assemble, empty_points
 from tracelet.shipper.deadletter import DeadLetters
-from tracelet.shipper.ends import ending_from, ending_of
+from tracelet.shipper.ends import ending_from, ending_of, word_of
 from tracelet.shipper.reship import Reship, is_again
 from tracelet.shipper.retry import BackOff
 from tracelet.shipper.site import Clock, Decided, End, Site
@@ -177,7 +177,9 @@ class Lane:
             self._remember(exporter)
         if self._assembled is None:
             self._beat(exporter)
-            self._assembled = self._resume(exporter) or self._gather(exporter) or self._end() or self._again(exporter)
+            self._assembled = (
+                self._resume(exporter) or self._gather(exporter) or self._word() or self._end() or self._again(exporter)
+            )
         if self._assembled is None:
             return self._idle()
         if self._intent is None:
@@ -275,6 +277,16 @@ class Lane:
                     extra = ending_of(self._site, self._reader, attempt, end)
                     return ending_from(self._site, self._reader, self._journal.stamps, number, extra)
         return None
+
+    def _word(self) -> Assembled | None:
+        """That the run is LOST, or is heard of again, if the destination has not been told; before an end."""
+        word = self._site.word()
+        if word is None or (self._gathered is not None and self._gathered.slots):
+            return None
+        extra = word_of(*word)
+        if self._journal.done.get(extra["mark"]):
+            return None
+        return ending_from(self._site, self._reader, self._journal.stamps, self._journal.number + 1, extra)
 
     def _waits_for(self, attempt_key: str, end: End, decided: Decided) -> bool:
         """Whether a writer has something before this end: one that is over for sure, one that lives for a while."""
@@ -396,7 +408,7 @@ class Lane:
             )
             beat = Heartbeat(
                 self._clock.time_ns(),
-                RUNNING,
+                LOST if self._site.is_lost else RUNNING,
                 self._latest.get(attempt.key),
                 self._site.backend_ids(),
                 min(each.started_unix_nano for each in self._site.manifest.attempts),

@@ -36,6 +36,7 @@ class Roster:
         self.opened: dict[str, WriterOpened] = {}
         self.names: dict[str, dict[int, str]] = {}
         self.ended: dict[str, WriterEnded] = {}
+        self._ranks: dict[str, dict[int, None]] = {}  # attempt -> ranks that have begun here: asked at every step
 
     def writers_of(self, attempt_key: str) -> list[str]:
         """The attempt's writers whose opening is known, first come first."""
@@ -55,17 +56,22 @@ class Roster:
 
     def ranks_of(self, attempt_key: str) -> list[int]:
         """The attempt's ranks that have begun here, the lowest first."""
-        return sorted({self.opened[writer].rank for writer in self.firsts(self.writers_of(attempt_key))})
+        return sorted(list(self._ranks.get(attempt_key, ())))  # noqa: C414 - a copy at once: others add to it
 
     def learn(self, writer: str, record: Record) -> None:
         """Take what a record says about its writer."""
         match record:
             case WriterOpened():
-                self.opened.setdefault(writer, record)
+                self.open(writer, record)
             case MetricNamed():
                 self.names.setdefault(writer, {}).setdefault(record.metric_id, record.name)
             case WriterEnded():
                 self.ended.setdefault(writer, record)
+
+    def open(self, writer: str, opened: WriterOpened) -> None:
+        """Take in who a writer is, if that isn't known."""
+        if self.opened.setdefault(writer, opened) is opened and opened.role == "first":
+            self._ranks.setdefault(opened.attempt_key, {}).setdefault(opened.rank)
 
     def scan(self, reader: SpoolReader, writer: str) -> None:
         """Learn from all frames the writer has on disk now."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,12 +90,13 @@ class Shipment:
         suppress: Callable[[], AbstractContextManager[object]] = nullcontext,
         give_up_s: float = GIVE_UP_S,
         again: bool = False,
+        silent: Callable[[Iterable[str]], bool] | None = None,
     ) -> None:
         """`only`: ids of the destinations to serve (None: all but those served in the training process).
 
         `in_process`: beside the run's shipper, for destinations of the training process itself. `with_in_process`:
         this is the run's shipper, in the training process, and serves those too.
-        `again`: send also, once, what they refused before.
+        `again`: send also, once, what they refused before. `silent`: see `Site`.
         """
         self.site = Site(
             folder,
@@ -104,6 +105,7 @@ class Shipment:
             clock=clock,
             in_process=in_process,
             backend_ids=self._backend_ids,
+            silent=silent,
         )
         self.lanes: dict[str, Lane] = {}
         self._threads: list[threading.Thread] = []

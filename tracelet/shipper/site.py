@@ -8,14 +8,14 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from tracelet.errors import SpoolError
 from tracelet.guard import guard, logger
-from tracelet.records import RunInfo, WriterEnded
+from tracelet.records import LOST, RUNNING, RunInfo, WriterEnded
 from tracelet.shipper.deaths import Deaths
 from tracelet.shipper.roster import Roster, decode_frame
 from tracelet.shipper.standin import stand_in
@@ -38,6 +38,9 @@ HOLLOW_AFTER_S = 30.0
 """An attempt in the manifest that never opened a file by then never will."""
 
 _RESCAN_S = 5.0
+
+SILENCE_EVERY_S = 1.0
+"""How often a run that can't be seen from here is asked for a sign of life."""
 
 
 class Clock(Protocol):
@@ -86,8 +89,12 @@ class Site:
         clock: Clock = time,
         in_process: bool = False,
         backend_ids: Callable[[], Mapping[str, str]] = dict,
+        silent: Callable[[Iterable[str]], bool] | None = None,
     ) -> None:
-        """`in_process`: the writers are in this process, so the manifest's word on their end is for others to write."""
+        """`in_process`: the writers are in this process, so the manifest's word on their end is for others to write.
+
+        `silent`: asked whether nothing has been heard of these writers for long; None where their life can be seen.
+        """
         self.folder = folder
         self.manifest = manifest
         # What came over the wire: its writers are a gateway's, so neither their deaths nor their ends are the run's.
@@ -102,6 +109,8 @@ class Site:
         self.backend_ids = backend_ids
         self._clock = clock
         self._in_process = in_process
+        self._silent = silent
+        self._silence_at = float("-inf")
         self._reader = SpoolReader(folder)
         self._began = clock.monotonic()
         self._inode = _inode_of(folder)
@@ -160,8 +169,26 @@ class Site:
         decided = self.decided.get(attempt_key)
         if decided is not None and decided.verdict.rank is not None:
             return decided.verdict.rank
+        ranks = self.roster.ranks_of(attempt_key)
+        if ranks:
+            return ranks[0]
         first = self.roster.first_of(attempt_key)
         return None if first is None else self.roster.opened[first].rank
+
+    @property
+    def is_lost(self) -> bool:
+        """Nothing has been heard of the run for long, as the manifest has it; no end."""
+        return not self.received and bool(self.manifest.extra.get("lost"))
+
+    def word(self) -> tuple[Attempt, str, int] | None:
+        """What has to be told of a run that fell silent, or speaks again, and since when; None: it never was, or it has
+        ended, which says more."""
+        noted, newest = int(self.manifest.extra.get("noted_unix_nano", 0)), self.manifest.newest
+        if self.received or not noted or newest is None or newest.key in self.decided:
+            return None
+        if self.roster.first_of(newest.key) is None:
+            return None
+        return newest, LOST if self.is_lost else RUNNING, noted
 
     @property
     def state(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -191,6 +218,8 @@ class Site:
             for end in self.ends_of(attempt.key)[1:]:
                 if end.decided is None:
                     self._decide_rank(attempt, end)
+
+        self._note_silence()
 
     def has_news(self) -> bool:
         """A writer or an attempt has come since the last look. Takes nothing in: for who no longer holds the lock.
@@ -267,7 +296,45 @@ class Site:
             logger.warning(
                 "the first frame of writer %s can't be read; its points count as rank %d's", writer, opened.rank
             )
-            self.roster.opened[writer] = opened
+            self.roster.open(writer, opened)
+
+    # ---- silence ------------------------------------------------------------------------------------------------
+
+    def _note_silence(self) -> None:
+        """Write down that the run fell silent or speaks again: whoever ships it next has to know what was told."""
+        now = self._clock.monotonic()
+        if self._in_process or self.received or (self._silent is None and not self.is_lost):
+            return
+        if now - self._silence_at < SILENCE_EVERY_S:
+            return
+        self._silence_at = now
+        lost = self._is_silent()
+        if lost == self.is_lost:
+            return
+
+        def put(manifest: Manifest | None) -> Manifest:
+            current = self.manifest if manifest is None else manifest
+            # Later than any word before, over a clock set back, or of another host, too.
+            noted = max(self._clock.time_ns(), int(current.extra.get("noted_unix_nano", 0)) + 1)
+            return dataclasses.replace(current, extra={**current.extra, "lost": lost, "noted_unix_nano": noted})
+
+        try:
+            self.manifest = store.update_manifest(self.folder, put, make=False)
+        except (OSError, SpoolError) as error:  # no room: it is tried again
+            guard.note("note in the manifest that a run is silent", error)
+            return
+        if lost:
+            logger.warning("run %s is LOST: nothing has been heard of it for long", self.run.run_id)
+        else:
+            logger.info("run %s is heard of again", self.run.run_id)
+
+    def _is_silent(self) -> bool:
+        """Whether the run is LOST. Not for an attempt that is over, or old, or whose rank 0 is on another host."""
+        newest = self.manifest.newest
+        if self._silent is None or newest is None or newest.key in self.decided:
+            return False
+        writers = self.roster.writers_of(newest.key)
+        return bool(writers) and self._silent(writers) and self.speaks_for(newest) and self.is_newest(newest)
 
     # ---- an attempt's end -------------------------------------------------------------------------------------------
 

@@ -30,6 +30,7 @@ from tracelet.records import (
     Scalar,
     SpanEnded,
     SpanStarted,
+    StateNoted,
     TagsSet,
     WriterEnded,
 )
@@ -291,6 +292,27 @@ def test_an_attempts_end_where_rank_0_is_not_is_no_event() -> None:
     planned = plan(batch((), [elsewhere], opening=opened(2)), Ledger())
     assert [span.name for span in spans(planned)] == ["rank 2"]
     assert not sent(planned, "logs")
+
+
+def test_a_word_that_a_run_is_lost_is_in_the_status_and_is_no_heartbeat() -> None:
+    def told(metrics_of: list[tuple[Any, Any]]) -> dict[str, str]:
+        return {
+            metric.name: str(attributes(point).get("tracelet.run.state", ""))
+            for _, metric in metrics_of
+            for point in metric.gauge.data_points
+            if point.as_double
+        }
+
+    planned = plan(batch((), [StateNoted(START, "LOST")]), Ledger(beat=START + 30_000 * MS))
+    found = metrics(planned, "tracelet.run")
+    assert told(found) == {"tracelet.run.status": "LOST"}
+    ((at,),) = ({p.time_unix_nano for p in metric.gauge.data_points} for _, metric in found)
+    assert planned.after.beat == at > START + 30_000 * MS
+    beat = heartbeat_load(batch(), Heartbeat(START, "LOST", None, {}), Ledger())
+    message = REQUESTS["metrics"].FromString(beat.encode())
+    names = {metric.name for metric in message.resource_metrics[0].scope_metrics[0].metrics}
+    assert "tracelet.run.heartbeat" not in names
+    assert "tracelet.run.status" in names
 
 
 def test_every_live_series_gets_an_end_marker_after_its_last_point_under_its_own_resource() -> None:

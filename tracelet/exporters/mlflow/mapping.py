@@ -68,7 +68,7 @@ __all__ = [
 RUN_TAG = "tracelet.run.id"
 ATTEMPT_TAG = "tracelet.run.attempt"  # of the newest attempt that MLflow knows: see attempt_mark
 _MARK = re.compile(r"(?P<order>[0-9]+)-(?P<key>.*)", re.DOTALL | re.ASCII)
-STATE_TAG = "tracelet.state"  # LOST while a gateway has heard nothing of a run for long; else there is none
+STATE_TAG = "tracelet.state"  # LOST while nothing has been heard of a run for long; else there is none
 RUN_NAME_TAG = "tracelet.run.name"  # the whole name of a run or a project that is too long for MLflow
 PROJECT_TAG = "tracelet.project"
 NAME_TAG = "tracelet.name."  # + legal name: the name as it was logged
@@ -97,7 +97,7 @@ class Plan:
     refusals: list[Refusal] = field(default_factory=list)
     ended: AttemptEnded | None = None
     spans: list[str] = field(default_factory=list)  # serialized ResourceSpans, in base64
-    state: StateNoted | None = None  # the latest that a gateway noted
+    state: StateNoted | None = None  # the latest that was noted
 
 
 # ---- points ------------------------------------------------------------------------------------------------------
