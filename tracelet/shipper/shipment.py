@@ -280,7 +280,9 @@ class Shipment:
         for attempt in site.manifest.attempts:
             writers = site.roster.writers_of(attempt.key)
             # Of what came over the wire the writers end without the run: a gateway closes its files, or dies.
-            over = attempt.key in site.decided if site.received else all(map(site.is_over, site.roster.firsts(writers)))
+            over = all(map(site.is_over, site.roster.firsts(writers) or writers))
+            if site.received:
+                over = attempt.key in site.decided
             if over and writers and not all(lane.is_done(attempt.key) for lane in self.lanes.values()):
                 return False
         return self._all_started() and all(lane.caught_up for lane in self.lanes.values())

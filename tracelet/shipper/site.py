@@ -153,16 +153,20 @@ class Site:
         return rank == 0 or self.received or bool(attempt.extra.get("launch", {}).get("all_here"))
 
     def ends_of(self, attempt_key: str) -> list[End]:
-        """What has to be told of the attempt's end: its own, which is its lowest rank's, and each further rank's."""
+        """What has to be told of the attempt's end: that of each further rank, and last its own, its lowest rank's.
+
+        In this order: a program that nothing outlives waits for the attempt's end, and leaves.
+        """
         main = End(attempt_key, self._rank_of_end(attempt_key), self.decided.get(attempt_key), whole=True)
         ranks = [] if self.received else self.roster.ranks_of(attempt_key)
         # Rank 0 is the root span: should it come so late that another rank's end was told for the attempt, its own
         # is told all the same, and is the run's.
-        return [main] + [
+        further = [
             End(rank_mark(attempt_key, rank), rank, self._ranks.get((attempt_key, rank)), whole=rank == 0)
             for rank in ranks
             if rank != main.rank
         ]
+        return [*further, main]
 
     def _rank_of_end(self, attempt_key: str) -> int | None:
         """The rank whose end is the attempt's here. Once it is decided it stays, whoever comes late."""
@@ -213,11 +217,11 @@ class Site:
                 self._look_at(writer, stuck)
         self.writers = tuple(known)
         for attempt in self.manifest.attempts:
-            if attempt.key not in self.decided or (self.received and attempt.ended is not None):
-                self._decide(attempt)
-            for end in self.ends_of(attempt.key)[1:]:
+            for end in self.ends_of(attempt.key)[:-1]:
                 if end.decided is None:
                     self._decide_rank(attempt, end)
+            if attempt.key not in self.decided or (self.received and attempt.ended is not None):
+                self._decide(attempt)
 
         self._note_silence()
 
