@@ -23,6 +23,7 @@ __all__ = [
     "ParamsLogged",
     "Part",
     "PointBatch",
+    "RankEnded",
     "Record",
     "RunInfo",
     "RunStarted",
@@ -55,9 +56,6 @@ class WriterOpened:
     attempt_key: str
     attempt_started_unix_nano: int
     resource: Mapping[str, Scalar]  # exactly the attributes of the wire contract
-    # 1, 2, ... as attempts follow one another on a host, whatever its clock says; 0: not known (an older release, or
-    # what came over the wire).
-    attempt_number: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +152,8 @@ class SpansReceived:
 
 @dataclass(frozen=True, slots=True)
 class StateNoted:
-    """What a gateway knows of a run it can't see: LOST after a long silence, RUNNING once it speaks again."""
+    """What a gateway or another host's shipper knows of a run it can't see: LOST after a long silence, RUNNING
+    once it speaks again. No end."""
 
     time_unix_nano: int
     state: str
@@ -194,6 +193,19 @@ class AttemptEnded:
     tags: Mapping[str, str]
     open_spans: tuple[SpanStarted, ...]  # phases that never ended
     series: Mapping[str, tuple[tuple[str, int], ...]]  # writer id -> its metric names, each with its last stamp (ns)
+    speaks: bool = True  # its end may be the run's; not that of a host's lowest rank where rank 0 is on another host
+
+
+@dataclass(frozen=True, slots=True)
+class RankEnded:
+    """One more rank of an attempt is over at this destination: the end of its span, not the run's."""
+
+    status: str
+    start_unix_nano: int
+    end_unix_nano: int
+    error: ErrorInfo | None
+    open_spans: tuple[SpanStarted, ...]  # its phases that never ended
+    series: Mapping[str, tuple[tuple[str, int], ...]]  # as an attempt's, of its own writers
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,5 +324,6 @@ Record = (
     | FlushAsked
     | WriterEnded
     | AttemptEnded
+    | RankEnded
     | Again
 )

@@ -6,6 +6,7 @@ Pattern: real programs whose clock is moved before tracelet is imported; real sh
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -55,7 +56,7 @@ def test_attempts_are_counted_over_a_restart_of_the_machine_and_other_hosts_that
     old = store.Manifest("shared", "p", "e", "r", host="other-host", boot_id="0123456789ab")
     for number in (0, 0, 2):  # two of a release that did not count
         key = f"{len(old.attempts):016x}"
-        old = old.with_attempt(store.Attempt(key, 1_760_000_000_000_000_000, 1, 0, number=number))
+        old = old.with_attempt(store.Attempt(key, time.time_ns(), 1, 0, number=number))
     store.update_manifest(before, lambda _: old)
     done = finished(tmp_path, ATTEMPT, -1, "FINISHED", "file", "shared", TRACELET_SHIPPER="off")
     assert done.returncode == 0, done.stderr
@@ -63,7 +64,9 @@ def test_attempts_are_counted_over_a_restart_of_the_machine_and_other_hosts_that
     manifest = store.read_manifest(mine)
     assert manifest is not None
     assert [attempt.number for attempt in manifest.attempts] == [4]
-    assert [opened.attempt_number for opened in read(mine).of(WriterOpened)] == [4]
+    (order,) = [attempt.order for attempt in manifest.attempts]
+    assert order == max(attempt.order for attempt in old.attempts) + 1  # whose clock says a day later
+    assert [one.resource["tracelet.run.attempt.order"] for one in read(mine).of(WriterOpened)] == [order]
 
 
 STANDS_STILL = """

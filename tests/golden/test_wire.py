@@ -99,6 +99,7 @@ def resource_of_this_version() -> Any:
     opening.resource.update(
         {
             "service.namespace": "tracelet",
+            semconv.ATTEMPT_ORDER: START,
             semconv.RESOURCE_WIRE_VERSION: semconv.WIRE_VERSION,
             "telemetry.sdk.name": "tracelet",
             "telemetry.sdk.language": "python",

@@ -95,7 +95,7 @@ def test_a_payload_that_is_not_its_kind_is_named(payload: bytes) -> None:
 
 
 def test_every_record_that_is_written_has_a_kind() -> None:
-    made_by_the_shipper = {records.AttemptEnded, records.Again}
+    made_by_the_shipper = {records.AttemptEnded, records.RankEnded, records.Again}
     assert set(records.Record.__args__) - made_by_the_shipper == set(codec.KINDS.values())
 
 

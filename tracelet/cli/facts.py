@@ -12,10 +12,10 @@ from tracelet import codec
 from tracelet.errors import SpoolError
 from tracelet.records import FlushAsked, MetricNamed, WriterEnded, WriterOpened
 from tracelet.spool import home, lease, store
-from tracelet.spool.cursor import DestinationProgress, Progress
+from tracelet.spool.cursor import DestinationProgress, Progress, rank_mark
 from tracelet.spool.reader import START, Position, SpoolReader
 
-__all__ = ["LOST", "NOT_DELIVERED", "RUNNING", "Destination", "Facts", "address", "look", "newest"]
+__all__ = ["LOST", "NOT_DELIVERED", "RUNNING", "Destination", "Facts", "address", "look"]
 
 RUNNING, NOT_DELIVERED, UNREADABLE = "RUNNING", "ended, not delivered", "unreadable"
 LOST = "LOST"  # behind a gateway, or on another host: nothing has been heard of it for long; it may speak again
@@ -24,8 +24,6 @@ _AT_ONCE = 1 << 20  # slots asked of the reader at a time
 _SILENT = frozenset(codec.kind_of(kind) for kind in (WriterOpened, MetricNamed, FlushAsked))
 _END = codec.kind_of(WriterEnded)
 _RECORD = 32  # bytes of a point
-LOST_AFTER_S = 3600.0
-"""Of another host's run without a lease: how long its folder may be silent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +112,10 @@ def look(entry: store.RunFolder, *, holds_lock: bool = False) -> Facts:
     try:
         writers = reader.writers()
         alive = tuple(writer for writer in writers if lease.is_alive(folder, writer))
-        attempt_of = {writer: _attempt_of(reader, writer) for writer in writers}
+        openings = {writer: opening(reader, writer) for writer in writers}
+        attempt_of = {writer: None if one is None else one.attempt_key for writer, one in openings.items()}
         progress, problem = _progress(folder, entry.problem)
-        with_end = _with_end(manifest, attempt_of)
+        with_end = _with_end(manifest, [one for one in openings.values() if one is not None])
         elsewhere = manifest is not None and not home.is_here(manifest)
         ended = {attempt_of[writer] for writer in writers if elsewhere and _has_end(reader, writer)}
         destinations = tuple(
@@ -146,22 +145,17 @@ def look(entry: store.RunFolder, *, holds_lock: bool = False) -> Facts:
 
 def _quiet(folder: Path, manifest: store.Manifest | None, ended: Collection[str | None]) -> str:
     """The state of another host's run that no lock here shows alive and that nobody has ended."""
-    attempt = newest(manifest) if manifest is not None else None
+    attempt = manifest.newest if manifest is not None else None
     if attempt is None or attempt.key in ended or (manifest is not None and home.is_of_an_earlier_boot(manifest)):
         return NOT_DELIVERED
     told = home.read_lease(folder)
     if told is not None:
         return RUNNING if _age_s(told.renewed_unix_nano) < home.MISSED_S else LOST
-    return RUNNING if _age_s(_touched_ns(folder)) < LOST_AFTER_S else LOST
+    return RUNNING if _age_s(home.last_written_ns(folder)) < home.SILENT_S else LOST
 
 
 def _age_s(unix_nano: int) -> float:
     return (time.time_ns() - unix_nano) / 1e9
-
-
-def _touched_ns(folder: Path) -> int:
-    """When anything in the folder was written last; a mapped file's time is as of the kernel's last flush."""
-    return max((path.stat().st_mtime_ns for path in folder.glob("*.*")), default=0)
 
 
 def _has_end(reader: SpoolReader, writer: str) -> bool:
@@ -178,15 +172,10 @@ def _progress(folder: Path, problem: str | None) -> tuple[Mapping[str, Destinati
     return progress.destinations, problem
 
 
-def newest(manifest: store.Manifest) -> store.Attempt | None:
-    """The attempt that was started last: the one whose end is the run's."""
-    return max(manifest.attempts, key=lambda attempt: attempt.order, default=None)
-
-
 def _state(manifest: store.Manifest | None, problem: str | None, alive: Sequence[str], *, quiet: str) -> str:
     if problem is not None:
         return UNREADABLE
-    attempt = newest(manifest) if manifest else None
+    attempt = manifest.newest if manifest else None
     ended = None if attempt is None or attempt.ended is None else str(attempt.ended["status"])
     if manifest is not None and manifest.extra.get("received"):  # its writers are a gateway's: they tell nothing
         return ended or (LOST if manifest.extra.get("lost") else RUNNING)
@@ -203,17 +192,21 @@ def opening(reader: SpoolReader, writer: str) -> WriterOpened | None:
     return None
 
 
-def _attempt_of(reader: SpoolReader, writer: str) -> str | None:
-    opened = opening(reader, writer)
-    return None if opened is None else opened.attempt_key
+def _with_end(manifest: store.Manifest | None, openings: Sequence[WriterOpened]) -> set[str]:
+    """The ends that a destination has to have, as its journal calls them: of attempts, and of their further ranks.
 
-
-def _with_end(manifest: store.Manifest | None, attempt_of: Mapping[str, str | None]) -> set[str]:
-    """The attempts whose end a destination has to have; of what came over the wire only those that were said to end."""
-    begun = {attempt for attempt in attempt_of.values() if attempt is not None}
+    Of what came over the wire only those of attempts that were said to end.
+    """
+    begun = {opened.attempt_key for opened in openings}
     if manifest is not None and manifest.extra.get("received"):
-        begun &= {attempt.key for attempt in manifest.attempts if attempt.ended is not None}
-    return begun
+        return begun & {attempt.key for attempt in manifest.attempts if attempt.ended is not None}
+    marks = set(begun)
+    for key in begun:
+        ranks = {opened.rank for opened in openings if opened.attempt_key == key and opened.role == "first"}
+        attempt = manifest.attempt(key) if manifest is not None else None
+        told = None if attempt is None or attempt.ended is None else attempt.ended.get("rank")
+        marks |= {rank_mark(key, rank) for rank in ranks - {min(ranks, default=0) if told is None else told}}
+    return marks
 
 
 def _destination(

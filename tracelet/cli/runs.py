@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from tracelet.cli.facts import RUNNING, Destination, Facts, look, newest
+from tracelet.cli.facts import RUNNING, Destination, Facts, look
 from tracelet.cli.find import add_dir, all_runs, root, short_ids
 from tracelet.cli.text import count, instant, plain, table
 from tracelet.spool.store import RunFolder
@@ -121,7 +121,7 @@ def _shipper(facts: Facts) -> str:
         return f"pid {facts.shipper_pid}" if facts.shipper_pid > 0 else "alive"
     if not facts.waits:
         return "-"
-    attempt = newest(facts.manifest) if facts.manifest else None
+    attempt = facts.manifest.newest if facts.manifest else None
     return "off" if facts.state == RUNNING and attempt is not None and attempt.shipper == "off" else "none"
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tracelet import backends, settings
 from tracelet.cli import deadletters
-from tracelet.cli.facts import LOST, RUNNING, Destination, Facts, look, newest
+from tracelet.cli.facts import LOST, RUNNING, Destination, Facts, look
 from tracelet.cli.find import UsageError, add_dir, all_runs, chosen, short_ids
 from tracelet.cli.masking import Sieve
 from tracelet.cli.text import age, count, plain
@@ -409,7 +409,7 @@ def _write_down(folder: Path, new: Sequence[Mapping[str, Any]]) -> None:
     """Add destinations to the run's newest attempt: every later shipper and reader knows of them."""
 
     def change(manifest: store.Manifest | None) -> store.Manifest:
-        attempt = newest(manifest) if manifest is not None else None
+        attempt = manifest.newest if manifest is not None else None
         if manifest is None or attempt is None:
             raise SpoolError(f"{folder} holds no run that has begun", folder=str(folder))
         return manifest.with_attempt(dataclasses.replace(attempt, destinations=(*attempt.destinations, *new)))

@@ -62,6 +62,7 @@ def resource(
     run_id: str,
     run_name: str,
     attempt_key: str,
+    attempt_order: int,
     rank: int,
     environ: Mapping[str, str],
 ) -> dict[str, Scalar]:
@@ -81,6 +82,7 @@ def resource(
         semconv.RUN_ID: run_id,
         semconv.RUN_NAME: run_name,
         semconv.RUN_ATTEMPT: attempt_key,
+        semconv.ATTEMPT_ORDER: attempt_order,
         semconv.RANK: rank,
         semconv.RESOURCE_WIRE_VERSION: semconv.WIRE_VERSION,
         semconv.HOST_NAME: host_name(),

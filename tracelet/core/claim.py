@@ -100,7 +100,8 @@ def _put(settings: Settings, run_id: str, attempt: store.Attempt, launch: Launch
             raise _Taken
         here = None if before is None else before.attempt(attempt.key)
         number = same[0].number if same else _next_number(known)
-        put = dataclasses.replace(attempt, number=number) if here is None else here
+        order = same[0].order if same else _next_order(known, attempt.started_unix_nano)
+        put = dataclasses.replace(attempt, number=number, order_unix_nano=order) if here is None else here
         if launch is not None:
             put = dataclasses.replace(put, extra={**put.extra, "launch": _with(put, launch)})
         fresh = store.Manifest(run_id, settings.project, settings.experiment_name, settings.experiment_name)
@@ -135,9 +136,14 @@ def _is_taken(known: Sequence[store.Manifest], same: Sequence[store.Attempt], la
 
 def _next_number(known: Sequence[store.Manifest]) -> int:
     """One more than any attempt of the run known here has, also before a restart of this machine, or on another host
-    that shares the folder. Not by the clock: set back a day, it would make the old attempt the newest."""
+    that shares the folder."""
     counts = [max(len(one.attempts), *(a.number for a in one.attempts)) for one in known if one.attempts]
     return 1 + max(counts, default=0)
+
+
+def _next_order(known: Sequence[store.Manifest], now: int) -> int:
+    """Now, or just after the newest attempt known here: a clock set back would make the old one the newest."""
+    return max([now, *(1 + attempt.order for one in known for attempt in one.attempts)])
 
 
 def _manifests(run: Path, but: Path | None = None) -> list[store.Manifest]:

@@ -111,6 +111,7 @@ class Run:
                 run_id=place.run_id,
                 run_name=settings.experiment_name,
                 attempt_key=attempt.key,
+                attempt_order=attempt.order,
                 rank=place.rank,
                 environ=settings.environ,
             ),
@@ -317,7 +318,6 @@ class Run:
                 attempt_key=ticket.attempt_key,
                 attempt_started_unix_nano=ticket.attempt_started_unix_nano,
                 resource=ticket.resource,
-                attempt_number=ticket.attempt_number,
             )
         )
 

@@ -44,6 +44,7 @@ class Ticket:
             pid=os.getpid(),
             rank=self.rank,
             number=self.attempt_number,
+            order_unix_nano=int(self.resource[semconv.ATTEMPT_ORDER]),
             destinations=self.destinations,
             shipper=self.shipper,
             extra={"keep": dict(self.keep), "max_bytes": self.max_bytes},

@@ -23,6 +23,7 @@ from tracelet.gateway.fleet import Fleet
 from tracelet.gateway.lost import Silence
 from tracelet.gateway.room import Room, RootLock
 from tracelet.gateway.runs import FOLDER, SEGMENT_BYTES, SLOTS, RunSpool, Stored, Terms
+from tracelet.gateway.whose import foreign_project, foreign_run
 from tracelet.guard import guard, logger
 from tracelet.ids import valid_run_id
 from tracelet.otlp.arrival import Piece
@@ -128,7 +129,7 @@ class Intake:
 
     def _take_up(self, run_id: str, folder: Path, manifest: store.Manifest) -> None:
         self._known.add(run_id)
-        newest = max(manifest.attempts, key=lambda one: one.started_unix_nano, default=None)
+        newest = manifest.newest
         if manifest.extra.get("lost"):
             self._silence.lost(run_id)
         elif newest is not None and newest.ended is None:
@@ -169,14 +170,18 @@ class Intake:
     def _take(self, decoded: Decoded, caller: Caller) -> Taken:
         arrivals = [arrival for arrival in decoded.arrivals if _has_legal_id(arrival)]
         for arrival in arrivals:
-            self._check_project(arrival.run.run_id, arrival.run.project, caller)
+            reason = foreign_project(arrival.run.project, caller)
+            if reason is not None:
+                raise Forbidden(arrival.run.run_id, "", reason)
         # Runs that are there already first: a refusal then leaves no new one behind.
         for arrival in sorted(arrivals, key=lambda one: one.run.run_id not in self._known):
             self._check_owner(self._run(arrival.run, caller.name), caller)
         stored = []
         for arrival in arrivals:
             stored.append(self._store(arrival, caller))
-            if not stored[-1][1].repeat:
+            if stored[-1][0].is_lost:
+                self._silence.lost(arrival.run.run_id)
+            elif not stored[-1][1].repeat:
                 self._silence.heard(arrival.run.run_id)
         runs = dict.fromkeys(run for run, _ in stored)
         self._commit.wait(runs)
@@ -229,18 +234,13 @@ class Intake:
             with self._lock:
                 self._making.pop(run.run_id, None)
 
-    def _check_project(self, run_id: str, project: str, caller: Caller) -> None:
-        if caller.projects is not None and project not in caller.projects:
-            raise Forbidden(
-                run_id, "", f"its project {project!r} is none of those that token {caller.name!r} may write"
-            )
-
     def _check_owner(self, run: RunSpool, caller: Caller) -> None:
-        self._check_project(run.run_id, run.manifest.project, caller)
-        if caller.name and not run.owner:
+        reason = foreign_run(run.manifest, caller)
+        if reason is None and caller.name and not run.owner:
             run.adopt(caller.name)
-        if caller.name and run.owner != caller.name:
-            raise Forbidden(run.run_id, run.owner, f"it belongs to token {run.owner!r}, not to {caller.name!r}")
+            reason = foreign_run(run.manifest, caller)  # another one may have been quicker
+        if reason is not None:
+            raise Forbidden(run.run_id, run.owner, reason)
 
     def _writers_of(self, run_id: str) -> frozenset[str]:
         run = self._runs.get(run_id)

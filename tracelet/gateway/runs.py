@@ -17,6 +17,7 @@ from tracelet.gateway.latest import Latest
 from tracelet.gateway.pieces import Pieces
 from tracelet.gateway.repeats import Repeats, digest_of
 from tracelet.guard import guard, logger
+from tracelet.otlp import semconv
 from tracelet.records import LOST, RUNNING, MetricNamed, Record, RunInfo, RunStarted, Scalar, StateNoted, WriterOpened
 from tracelet.shipper.roster import Roster, frames_of
 from tracelet.shipper.status import Verdict
@@ -29,7 +30,7 @@ from tracelet.spool.reader import SpoolReader
 if TYPE_CHECKING:
     from tracelet.otlp.arrival import Arrival, AttemptEnd, Piece
 
-__all__ = ["FOLDER", "SEGMENT_BYTES", "RunSpool", "Stored", "Terms"]
+__all__ = ["FOLDER", "SEGMENT_BYTES", "RunSpool", "Stored", "Terms", "owner_of"]
 
 FOLDER = "gateway"
 """The name of a run's folder here: a boot changes nothing, since nobody's training writes in it."""
@@ -68,6 +69,11 @@ class Stored:
     points: int = 0
     repeat: bool = False
     anything: bool = False  # there is something new for a destination
+
+
+def owner_of(manifest: store.Manifest) -> str:
+    """The name of the token that a run belongs to; empty: nobody's."""
+    return str(manifest.extra.get("owner") or "")
 
 
 class _Pen:
@@ -132,7 +138,7 @@ class RunSpool:
     @property
     def owner(self) -> str:
         """The name of the token that the run belongs to; empty: nobody's."""
-        return str(self.manifest.extra.get("owner") or "")
+        return owner_of(self.manifest)
 
     def adopt(self, owner: str) -> None:
         """Give a run that is nobody's to `owner`; one that is somebody's by now stays so."""
@@ -149,7 +155,7 @@ class RunSpool:
     @property
     def is_ended(self) -> bool:
         """Its newest attempt has ended."""
-        newest = max(self.manifest.attempts, key=lambda one: one.started_unix_nano, default=None)
+        newest = self.manifest.newest
         return newest is not None and newest.ended is not None
 
     def writers(self) -> frozenset[str]:
@@ -178,6 +184,9 @@ class RunSpool:
             self.heard = time.monotonic()
             substance = bool(arrival.points or arrival.records or arrival.pieces)
             known = self.manifest.attempt(arrival.attempt_key)
+            if known is not None and arrival.lost and not substance and arrival.ended is None:
+                # Of an attempt that is no more the newest it says nothing about the run.
+                return Stored(anything=known == self.manifest.newest and self.note_lost())
             if known is not None and not substance and not self._tells_more(known, arrival) and not self.is_lost:
                 return Stored()
             rank = (arrival.attempt_key, arrival.rank, arrival.instance_id)
@@ -302,6 +311,7 @@ class RunSpool:
                 started_unix_nano=self._time_of(arrival) if exact is None else exact,
                 pid=os.getpid(),
                 rank=arrival.rank,
+                order_unix_nano=_order_of(arrival),
                 destinations=self._terms.destinations,
                 extra={"estimated": exact is None},
             )
@@ -336,9 +346,9 @@ class RunSpool:
             OSError, SpoolError: it could not be written.
         """
         with self.lock:
-            if self.is_lost or self.is_ended or not self.manifest.attempts:
+            newest = self.manifest.newest
+            if self.is_lost or self.is_ended or newest is None:
                 return False
-            newest = max(self.manifest.attempts, key=lambda one: one.started_unix_nano)
             rank = next((rank for rank in self._pens if rank[0] == newest.key), None)
             if rank is None:
                 opened = self._known_opening(newest)
@@ -438,6 +448,12 @@ def _is_better(ended: AttemptEnd, known: Mapping[str, Any] | None) -> bool:
     return known is None or _WITNESSES.get(ended.told_by, 0) > _WITNESSES.get(str(known.get("seen_by")), 0)
 
 
+def _order_of(arrival: Arrival) -> int:
+    """What the sender says that its attempts are sorted by; 0: nothing, so that the start has to do."""
+    order = arrival.resource.get(semconv.ATTEMPT_ORDER)
+    return order if type(order) is int and order > 0 else 0
+
+
 def _resource_of(manifest: store.Manifest, attempt: store.Attempt) -> dict[str, Scalar]:
     return {
         "service.name": manifest.project,
@@ -446,6 +462,7 @@ def _resource_of(manifest: store.Manifest, attempt: store.Attempt) -> dict[str, 
         "tracelet.run.id": manifest.run_id,
         "tracelet.run.name": manifest.run_name,
         "tracelet.run.attempt": attempt.key,
+        semconv.ATTEMPT_ORDER: attempt.order,
         "tracelet.rank": attempt.rank,
     }
 

@@ -57,6 +57,7 @@ class Arrival:
     first_unix_nano: int  # the earliest time in it; 0 where it has none
     ended: AttemptEnd | None
     items: int  # data points, log records or spans it stands for
+    lost: bool = False  # its sender has heard nothing of the run for long: no sign of life
 
 
 @dataclass(slots=True)

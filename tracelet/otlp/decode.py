@@ -22,7 +22,7 @@ from tracelet.otlp.decode_events import ENDS, Events, whole
 from tracelet.otlp.decode_points import Columns, count_points
 from tracelet.otlp.decode_resource import Owner, Tally, owner_of
 from tracelet.otlp.decode_spans import Spans
-from tracelet.records import PointBatch, Record
+from tracelet.records import LOST, PointBatch, Record
 
 if TYPE_CHECKING:
     from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest
@@ -70,7 +70,9 @@ def decode_metrics(request: ExportMetricsServiceRequest) -> Decoded:
         if items:
             firsts = (columns.first(), *state.times)
             points = columns.batch()
-            arrivals.append(_arrival(owner, items, firsts, points=points, started=state.started, ended=state.ended))
+            arrivals.append(
+                _arrival(owner, items, firsts, points=points, started=state.started, ended=state.ended, lost=state.lost)
+            )
     return _decoded(arrivals, tally)
 
 
@@ -139,6 +141,7 @@ class _State:
         self.times: list[int] = []
         self.started: int | None = None
         self.ended: AttemptEnd | None = None
+        self.lost = False
 
     def add(self, metric: Any) -> None:
         points = metric.gauge.data_points if metric.WhichOneof("data") == "gauge" else ()
@@ -154,6 +157,7 @@ class _State:
 
     def _state(self, state: str, point: Any) -> None:
         is_in = point.as_double == 1.0 or point.as_int == 1
+        self.lost = self.lost or (is_in and state == LOST)
         if is_in and state in ENDS and (self.ended is None or point.time_unix_nano >= self.ended.end_unix_nano):
             self.ended = AttemptEnd(state, point.time_unix_nano, None, "status")
 
@@ -168,6 +172,7 @@ def _arrival(
     pieces: tuple[Piece, ...] = (),
     started: int | None,
     ended: AttemptEnd | None,
+    lost: bool = False,
 ) -> Arrival:
     return Arrival(
         run=owner.run,
@@ -182,6 +187,7 @@ def _arrival(
         first_unix_nano=min(filter(None, times), default=0),
         ended=ended,
         items=items,
+        lost=lost,
     )
 
 

@@ -21,7 +21,7 @@ class Spans:
 
     def __init__(self, owner: Owner) -> None:
         self._owner = owner
-        self._own = bytes.fromhex(ids.rank_span_id(owner.run.run_id, owner.attempt_key, owner.rank))
+        self._root = bytes.fromhex(ids.root_span_id(owner.run.run_id, owner.attempt_key))
         self._trace = bytes.fromhex(ids.trace_id(owner.run.run_id, owner.attempt_key))
         self.records: list[Record] = []
         self.times: list[int] = []
@@ -42,11 +42,11 @@ class Spans:
         )
         for scope in resource_spans.scope_spans:
             for span in scope.spans:
-                if span.span_id == self._own and span.trace_id == self._trace:
+                if self._owner.rank == 0 and span.span_id == self._root and span.trace_id == self._trace:
                     self._attempt(span)
 
     def _attempt(self, span: Any) -> None:
-        """The span of the attempt itself, or of one rank of it."""
+        """The span of the attempt itself. One rank's end is not the attempt's."""
         values = attribute_map(span.attributes)
         end = span.end_time_unix_nano
         self.started = span.start_time_unix_nano or None

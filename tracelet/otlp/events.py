@@ -15,7 +15,17 @@ from typing import TYPE_CHECKING
 from tracelet.otlp import semconv
 from tracelet.otlp.encode import attributes
 from tracelet.otlp.encode_points import wire_text
-from tracelet.records import FINISHED, ArtifactLogged, AttemptEnded, ParamsLogged, RunInfo, RunStarted, Scalar, TagsSet
+from tracelet.records import (
+    FINISHED,
+    ArtifactLogged,
+    AttemptEnded,
+    ParamsLogged,
+    RankEnded,
+    RunInfo,
+    RunStarted,
+    Scalar,
+    TagsSet,
+)
 
 if TYPE_CHECKING:
     from opentelemetry.proto.logs.v1.logs_pb2 import LogRecord
@@ -75,7 +85,7 @@ def events_of(
     if isinstance(record, ArtifactLogged):
         body = f"artifact {record.path} ({record.size:,} bytes, {record.media_type})"
         return _events(semconv.EVENT_ARTIFACT, record.time_unix_nano, _artifact(record), body, where)
-    return _ended(record, run, where)
+    return _ended(record, run, where) if record.speaks else []
 
 
 def _artifact(record: ArtifactLogged) -> dict[str, Scalar]:
@@ -104,8 +114,8 @@ def _ended(record: AttemptEnded, run: RunInfo, where: Position) -> list[LogRecor
     return _events(semconv.EVENT_ENDED, record.end_unix_nano, values, body, where, failed=record.status != FINISHED)
 
 
-def error_type(ended: AttemptEnded) -> str:
-    """`error.type` of an attempt that did not finish: the exception's class, else the status."""
+def error_type(ended: AttemptEnded | RankEnded) -> str:
+    """`error.type` of an attempt or a rank that did not finish: the exception's class, else the status."""
     return ended.status if ended.error is None else ended.error.type
 
 

@@ -37,12 +37,14 @@ from tracelet.records import (
     ParamsLogged,
     Part,
     PointBatch,
+    RankEnded,
     Record,
     RunInfo,
     RunStarted,
     Scalar,
     SpanEnded,
     SpanStarted,
+    StateNoted,
     TagsSet,
     WriterOpened,
 )
@@ -173,8 +175,14 @@ class _Work:
         if spans:
             yield SpansLoad(resource, tuple(spans))
         for record in part.records:
+            if isinstance(record, StateNoted):
+                # A moment after the last heartbeat; and what comes next is a moment after this.
+                self.ledger.beat = max(record.time_unix_nano, self.note["beat"] + run_metrics.MILLISECOND)
+                yield MetricsLoad(resource, tuple(run_metrics.status(self.ledger.beat, record.state)))
             if isinstance(record, AttemptEnded):
                 yield from self._ended(resource, opened, record)
+            if isinstance(record, (AttemptEnded, RankEnded)):
+                yield from self._series_ended(opened, record)
         yield from loads_of(resource, [record.facts for record in part.records if isinstance(record, Again)])
 
     def _spans(self, opened: WriterOpened, record: Record, events: list[Any]) -> Iterator[Any]:
@@ -193,7 +201,7 @@ class _Work:
             start = SpanStarted(**begun)
             events += self._pieces(opened, start, record.error, record.end_unix_nano)
             yield ended_span(self.run, opened, start, record.end_unix_nano, record.error)
-        elif isinstance(record, AttemptEnded):
+        elif isinstance(record, (AttemptEnded, RankEnded)):
             for phase in record.open_spans:
                 self.ledger.open_spans.pop(phase.span_id, None)
                 events += self._pieces(opened, phase, None, record.end_unix_nano)
@@ -237,6 +245,8 @@ class _Work:
             own += run_metrics.end_markers((name, time) for name in names)
         if own:
             yield MetricsLoad(resource, tuple(own))
+
+    def _series_ended(self, opened: WriterOpened, ended: AttemptEnded | RankEnded) -> Iterator[Load]:
         by_instance: dict[str, list[tuple[str, int]]] = {}
         for writer, series in ended.series.items():
             by_instance.setdefault(self.ledger.writers.get(writer, _instance(opened)), []).extend(series)

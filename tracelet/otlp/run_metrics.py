@@ -9,7 +9,7 @@ from tracelet import ids
 from tracelet.otlp import semconv
 from tracelet.otlp.encode import attributes
 from tracelet.otlp.encode_points import wire_text
-from tracelet.records import Heartbeat, RunInfo, Scalar, WriterOpened
+from tracelet.records import LOST, Heartbeat, RunInfo, Scalar, WriterOpened
 
 if TYPE_CHECKING:
     from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric
@@ -62,7 +62,8 @@ def heartbeat_metrics(
     metrics = [
         _gauge(semconv.RUN_INFO, time, 1.0, values=info),
         *status(time, heartbeat.state),
-        _moment(semconv.RUN_HEARTBEAT, time, time),
+        # That nothing is heard of a run is no sign of life of it.
+        *([] if heartbeat.state == LOST else [_moment(semconv.RUN_HEARTBEAT, time, time)]),
         *_starts(opened, time, heartbeat.run_started_unix_nano),
     ]
     if told is not None and (before := _info(run, opened, told)) != info:

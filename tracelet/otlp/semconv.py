@@ -25,6 +25,9 @@ EXPERIMENT_NAME = "tracelet.experiment.name"
 RUN_ID = "tracelet.run.id"
 RUN_NAME = "tracelet.run.name"
 RUN_ATTEMPT = "tracelet.run.attempt"
+ATTEMPT_ORDER = (
+    "tracelet.run.attempt.order"  # int, ns: the newest attempt of a run has the greatest, whatever clocks say
+)
 RANK = "tracelet.rank"
 RESOURCE_WIRE_VERSION = "tracelet.wire.version"
 

@@ -12,7 +12,7 @@ from tracelet import ids
 from tracelet.otlp import semconv
 from tracelet.otlp.encode_points import wire_text
 from tracelet.otlp.events import digest_name, digest_of, error_type, is_long, shortened
-from tracelet.records import FINISHED, AttemptEnded, ErrorInfo, RunInfo, Scalar, SpanStarted, WriterOpened
+from tracelet.records import FINISHED, AttemptEnded, ErrorInfo, RankEnded, RunInfo, Scalar, SpanStarted, WriterOpened
 
 if TYPE_CHECKING:
     from opentelemetry.proto.trace.v1.trace_pb2 import Span
@@ -39,8 +39,10 @@ def ended_span(run: RunInfo, opened: WriterOpened, start: SpanStarted, end: int,
     )
 
 
-def final_spans(run: RunInfo, opened: WriterOpened, ended: AttemptEnded, traceparent: str | None) -> list[Span]:
-    """The spans that an attempt's end lets out: phases still open, and the root span (`rank N` for other ranks)."""
+def final_spans(
+    run: RunInfo, opened: WriterOpened, ended: AttemptEnded | RankEnded, traceparent: str | None
+) -> list[Span]:
+    """The spans that an end lets out: phases still open, and the root span (`rank N` for other ranks)."""
     kind = error_type(ended) if ended.status != FINISHED else None
     root = ids.root_span_id(run.run_id, opened.attempt_key)
     spans = [
@@ -58,7 +60,7 @@ def final_spans(run: RunInfo, opened: WriterOpened, ended: AttemptEnded, tracepa
         for phase in ended.open_spans
     ]
     values: dict[str, Scalar] = {semconv.STATE: ended.status}
-    if opened.rank == 0:
+    if opened.rank == 0 and isinstance(ended, AttemptEnded):
         values |= _params({semconv.TAG_PREFIX + key: value for key, value in ended.tags.items()})
         values |= _params({semconv.PARAM_PREFIX + key: value for key, value in ended.params.items()})
     spans.append(
@@ -72,7 +74,7 @@ def final_spans(run: RunInfo, opened: WriterOpened, ended: AttemptEnded, tracepa
             values=values,
             error=ended.error,
             error_type=kind,
-            links=_links(traceparent),
+            links=_links(traceparent) if opened.rank == 0 else (),
         )
     )
     return spans

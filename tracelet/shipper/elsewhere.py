@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from tracelet.spool import home, lease
@@ -29,8 +29,12 @@ class Elsewhere:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._folder = folder
+        self._clock = clock
         self._gone = assume_dead or home.is_of_an_earlier_boot(manifest)
         self._watch = home.Watch(folder, clock=clock)
+        self._written = home.last_written_ns(folder)
+        # Who ships once has no hour to wait: what the files say of the time before this look counts too.
+        self._quiet_since = clock() - (max(0.0, (time.time_ns() - self._written) / 1e9) if self._written else 0.0)
 
     def is_alive(self, writer: str) -> bool:
         """Whether the writer has to be taken for alive."""
@@ -38,11 +42,26 @@ class Elsewhere:
             return True
         return not (self._gone or self._watch.is_missed())
 
+    def is_silent(self, writers: Iterable[str]) -> bool:
+        """Whether nothing has been heard for so long that the run is LOST; what is heard of it next takes that back.
+
+        Where a lease is kept, one that was missed; else an hour in which nothing was written.
+        """
+        if any(lease.is_alive(self._folder, writer) for writer in writers):
+            return False
+        late = self._watch.unchanged_s() >= home.LATE_S
+        if self._watch.lease is not None:
+            return late
+        written, now = home.last_written_ns(self._folder), self._clock()
+        if written != self._written:
+            self._written, self._quiet_since = written, now
+        return now - self._quiet_since >= home.SILENT_S
+
 
 def watched(
     folder: Path, manifest: Manifest, *, assume_dead: bool = False, clock: Callable[[], float] = time.monotonic
-) -> Callable[[str], bool] | None:
-    """What to ask for the life of a writer; None where its own lock tells (the folder is of this machine)."""
+) -> Elsewhere | None:
+    """Who to ask about the writers; None where their own locks tell (the folder is of this machine)."""
     if home.is_here(manifest):
         return None
-    return Elsewhere(folder, manifest, assume_dead=assume_dead, clock=clock).is_alive
+    return Elsewhere(folder, manifest, assume_dead=assume_dead, clock=clock)

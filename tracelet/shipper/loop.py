@@ -20,13 +20,13 @@ from typing import Any
 from tracelet.errors import ConfigError, IntegrationUnavailable
 from tracelet.exporters.base import Answer, Delivered, Delivery, Exporter, Refusal, Rejected, RetryLater
 from tracelet.guard import guard, logger
-from tracelet.records import RUNNING, Batch, Heartbeat, Part
+from tracelet.records import LOST, RUNNING, Batch, Heartbeat, Part
 from tracelet.shipper.batches import Assembled, Gathering, assemble, empty_points
 from tracelet.shipper.deadletter import DeadLetters
-from tracelet.shipper.ends import ending_from, ending_of
+from tracelet.shipper.ends import ending_from, ending_of, word_of
 from tracelet.shipper.reship import Reship, is_again
 from tracelet.shipper.retry import BackOff
-from tracelet.shipper.site import Clock, Site
+from tracelet.shipper.site import Clock, Decided, End, Site
 from tracelet.spool.cursor import Intent, Journal
 from tracelet.spool.reader import START, Position, SpoolReader
 
@@ -154,8 +154,8 @@ class Lane:
         return dict(self._journal.positions)
 
     def is_done(self, attempt_key: str) -> bool:
-        """The destination has the attempt's end."""
-        return bool(self._journal.done.get(attempt_key))
+        """The destination has the attempt's end, and that of each of its ranks that have begun here."""
+        return all(self._journal.done.get(end.mark) for end in self._site.ends_of(attempt_key))
 
     # ---- one step -----------------------------------------------------------------------------------------------
 
@@ -188,7 +188,9 @@ class Lane:
             self._remember(exporter)
         if self._assembled is None:
             self._beat(exporter)
-            self._assembled = self._resume(exporter) or self._gather(exporter) or self._end() or self._again(exporter)
+            self._assembled = (
+                self._resume(exporter) or self._gather(exporter) or self._word() or self._end() or self._again(exporter)
+            )
         if self._assembled is None:
             return self._idle()
         if self._intent is None:
@@ -272,25 +274,41 @@ class Lane:
         return sum(piece.end - piece.first for piece in ranges)
 
     def _end(self) -> Assembled | None:
-        """The end of an attempt whose writers' last slots have all been acknowledged here."""
+        """The end of an attempt, or of one of its ranks, whose writers' last slots have all been acknowledged here."""
         if self._gathered is not None and self._gathered.slots:
             return None
         for attempt in self._site.manifest.attempts:
-            decided = self._site.decided.get(attempt.key)
-            if decided is None or self.is_done(attempt.key) or self._site.is_hollow(attempt):
+            if self._site.is_hollow(attempt):
                 continue
-            patience_s = RECEIVED_WRITER_S if self._site.received else LATE_WRITER_S
-            held_open = decided.age_s(self._clock.monotonic()) < patience_s
-            waiting = [
-                writer
-                for writer in self._site.roster.writers_of(attempt.key)
-                if writer not in self._drained and (held_open or self._site.is_over(writer))
-            ]
-            if not waiting:
-                number = self._journal.number + 1
-                extra = ending_of(self._site, self._reader, attempt, decided.verdict)
-                return ending_from(self._site, self._reader, self._journal.stamps, number, extra)
+            for end in self._site.ends_of(attempt.key):
+                if end.decided is None or self._journal.done.get(end.mark):
+                    continue
+                if not self._waits_for(attempt.key, end, end.decided):
+                    number = self._journal.number + 1
+                    extra = ending_of(self._site, self._reader, attempt, end)
+                    return ending_from(self._site, self._reader, self._journal.stamps, number, extra)
         return None
+
+    def _word(self) -> Assembled | None:
+        """That the run is LOST, or is heard of again, if the destination has not been told; before an end."""
+        word = self._site.word()
+        if word is None or (self._gathered is not None and self._gathered.slots):
+            return None
+        extra = word_of(*word)
+        if self._journal.done.get(extra["mark"]):
+            return None
+        return ending_from(self._site, self._reader, self._journal.stamps, self._journal.number + 1, extra)
+
+    def _waits_for(self, attempt_key: str, end: End, decided: Decided) -> bool:
+        """Whether a writer has something before this end: one that is over for sure, one that lives for a while."""
+        patience_s = RECEIVED_WRITER_S if self._site.received else LATE_WRITER_S
+        held_open = decided.age_s(self._clock.monotonic()) < patience_s
+        roster = self._site.roster
+        return any(
+            writer not in self._drained and (held_open or self._site.is_over(writer))
+            for writer in roster.writers_of(attempt_key)
+            if end.mark == attempt_key or roster.opened[writer].rank == end.rank
+        )
 
     def _again(self, exporter: Exporter) -> Assembled | None:
         """What was refused before, if that is wished for, once there is nothing else."""
@@ -358,7 +376,7 @@ class Lane:
         self._remember(exporter)
         if assembled.extra and not again:
             # Before the acknowledgement: a crash in between repeats this end, instead of making a second one.
-            self._journal.close_attempt(str(assembled.extra["attempt"]))
+            self._journal.close_attempt(str(assembled.extra.get("mark", assembled.extra["attempt"])))
         if again:
             # Marked before the acknowledgement, too: what is marked already is not sent a third time.
             delivered, taken = self._reship.settle(intent.extra, refused)
@@ -405,7 +423,7 @@ class Lane:
             )
             beat = Heartbeat(
                 self._clock.time_ns(),
-                RUNNING,
+                LOST if self._site.is_lost else RUNNING,
                 self._latest.get(attempt.key),
                 self._site.backend_ids(),
                 min(each.started_unix_nano for each in self._site.manifest.attempts),

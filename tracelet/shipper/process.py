@@ -136,14 +136,15 @@ def ship(
         return Outcome(complete=False, joined=True)
     try:
         manifest = _manifest_for(folder, destinations or ())
-        is_alive = watched(folder, manifest, assume_dead=assume_dead)
+        there = watched(folder, manifest, assume_dead=assume_dead)
         shipment = Shipment(
             folder,
             manifest,
             environ=os.environ if environ is None else environ,
             secrets=secrets or {},
             build=registry.build if build is None else build,
-            deaths=Deaths(folder, is_alive=is_alive, from_elsewhere=is_alive is not None),
+            deaths=Deaths(folder, is_alive=None if there is None else there.is_alive, from_elsewhere=there is not None),
+            silent=None if there is None else there.is_silent,
             suppress=suppress_instrumentation,
             give_up_s=GIVE_UP_S if give_up_s is None else give_up_s,
             again=again,

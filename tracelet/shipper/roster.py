@@ -6,7 +6,7 @@ its positions), and by every thread as it reads on. Entries are only added and n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from tracelet import codec
 from tracelet.errors import SpoolError
@@ -36,26 +36,42 @@ class Roster:
         self.opened: dict[str, WriterOpened] = {}
         self.names: dict[str, dict[int, str]] = {}
         self.ended: dict[str, WriterEnded] = {}
+        self._ranks: dict[str, dict[int, None]] = {}  # attempt -> ranks that have begun here: asked at every step
 
     def writers_of(self, attempt_key: str) -> list[str]:
         """The attempt's writers whose opening is known, first come first."""
         return [writer for writer, opened in list(self.opened.items()) if opened.attempt_key == attempt_key]
 
-    def first_of(self, attempt_key: str) -> str | None:
-        """The writer whose end is the attempt's: the lowest rank's first one; any, if a damaged folder has none."""
-        mine = self.writers_of(attempt_key)
-        firsts = [writer for writer in mine if self.opened[writer].role == "first"]
-        return min(firsts or mine, key=lambda writer: self.opened[writer].rank, default=None)
+    def first_of(self, attempt_key: str, rank: int | None = None) -> str | None:
+        """The writer whose end is the attempt's: the lowest rank's first one; any, if a damaged folder has none.
+
+        With `rank`, of that rank alone.
+        """
+        mine = [one for one in self.writers_of(attempt_key) if rank is None or self.opened[one].rank == rank]
+        return min(self.firsts(mine) or mine, key=lambda writer: self.opened[writer].rank, default=None)
+
+    def firsts(self, writers: Iterable[str]) -> list[str]:
+        """Those of `writers` whose end is their rank's."""
+        return [writer for writer in writers if self.opened[writer].role == "first"]
+
+    def ranks_of(self, attempt_key: str) -> list[int]:
+        """The attempt's ranks that have begun here, the lowest first."""
+        return sorted(list(self._ranks.get(attempt_key, ())))  # noqa: C414 - a copy at once: others add to it
 
     def learn(self, writer: str, record: Record) -> None:
         """Take what a record says about its writer."""
         match record:
             case WriterOpened():
-                self.opened.setdefault(writer, record)
+                self.open(writer, record)
             case MetricNamed():
                 self.names.setdefault(writer, {}).setdefault(record.metric_id, record.name)
             case WriterEnded():
                 self.ended.setdefault(writer, record)
+
+    def open(self, writer: str, opened: WriterOpened) -> None:
+        """Take in who a writer is, if that isn't known."""
+        if self.opened.setdefault(writer, opened) is opened and opened.role == "first":
+            self._ranks.setdefault(opened.attempt_key, {}).setdefault(opened.rank)
 
     def scan(self, reader: SpoolReader, writer: str) -> None:
         """Learn from all frames the writer has on disk now."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,12 +90,13 @@ class Shipment:
         suppress: Callable[[], AbstractContextManager[object]] = nullcontext,
         give_up_s: float = GIVE_UP_S,
         again: bool = False,
+        silent: Callable[[Iterable[str]], bool] | None = None,
     ) -> None:
         """`only`: ids of the destinations to serve (None: all but those served in the training process).
 
         `in_process`: beside the run's shipper, for destinations of the training process itself. `with_in_process`:
         this is the run's shipper, in the training process, and serves those too.
-        `again`: send also, once, what they refused before.
+        `again`: send also, once, what they refused before. `silent`: see `Site`.
         """
         self.site = Site(
             folder,
@@ -104,6 +105,7 @@ class Shipment:
             clock=clock,
             in_process=in_process,
             backend_ids=self._backend_ids,
+            silent=silent,
         )
         self.lanes: dict[str, Lane] = {}
         self._threads: dict[str, threading.Thread] = {}
@@ -221,7 +223,8 @@ class Shipment:
         for identity in objects:
             there = self._progress.destinations.get(identity)
             # An end is made of frames that it has passed already.
-            whole = there is not None and all(there.done.get(attempt) for attempt in self.site.decided)
+            marks = [end.mark for attempt in self.site.decided for end in self.site.ends_of(attempt)]
+            whole = there is not None and all(there.done.get(mark) for mark in marks)
             away.append(_Away(identity, there.positions if there is not None and whole else {}))
         return [*self.lanes.values(), *away]
 
@@ -278,10 +281,12 @@ class Shipment:
         """Every destination has what was there when it last looked, and the ends of attempts that are over."""
         site = self.site
         for attempt in site.manifest.attempts:
-            first = site.roster.first_of(attempt.key)
+            writers = site.roster.writers_of(attempt.key)
             # Of what came over the wire the writers end without the run: a gateway closes its files, or dies.
-            over = attempt.key in site.decided if site.received else first is not None and site.is_over(first)
-            if over and first is not None and not all(lane.is_done(attempt.key) for lane in self.lanes.values()):
+            over = all(map(site.is_over, site.roster.firsts(writers) or writers))
+            if site.received:
+                over = attempt.key in site.decided
+            if over and writers and not all(lane.is_done(attempt.key) for lane in self.lanes.values()):
                 return False
         return self._all_started() and all(lane.caught_up for lane in self.lanes.values())
 

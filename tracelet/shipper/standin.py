@@ -43,7 +43,6 @@ def _from_manifest(manifest: Manifest, attempt: Attempt) -> WriterOpened:
         rank=attempt.rank,
         attempt_key=attempt.key,
         attempt_started_unix_nano=attempt.started_unix_nano,
-        attempt_number=attempt.number,
         resource={
             "service.name": manifest.project,
             "service.namespace": "tracelet",
@@ -53,6 +52,7 @@ def _from_manifest(manifest: Manifest, attempt: Attempt) -> WriterOpened:
             semconv.RUN_ID: manifest.run_id,
             semconv.RUN_NAME: manifest.run_name,
             semconv.RUN_ATTEMPT: attempt.key,
+            semconv.ATTEMPT_ORDER: attempt.order,
             semconv.RANK: attempt.rank,
             semconv.RESOURCE_WIRE_VERSION: semconv.WIRE_VERSION,
             semconv.HOST_NAME: manifest.host,

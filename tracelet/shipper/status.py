@@ -43,14 +43,19 @@ class Fold:
     open_spans: dict[str, SpanStarted] = field(default_factory=dict)
     names: dict[str, list[str]] = field(default_factory=dict)  # writer -> its metric names, as they came
 
-    def take(self, writer: str, records: Iterable[Record | None]) -> None:
-        """Add the records of one writer, in its order; the last value of a param or tag stands."""
+    def take(self, writer: str, records: Iterable[Record | None], *, whole: bool = True) -> None:
+        """Add the records of one writer, in its order; the last value of a param or tag stands.
+
+        Not `whole`: its params and tags alone, since its phases and series end with its own rank.
+        """
         for record in records:
             match record:
                 case ParamsLogged():
                     self.params.update(record.params)
                 case TagsSet():
                     self.tags.update(record.tags)
+                case _ if not whole:
+                    continue
                 case SpanStarted():
                     self.open_spans[record.span_id] = record
                 case SpanEnded():
@@ -68,6 +73,7 @@ class Verdict:
     seen_by: str  # of the END record, or "death"
     error: ErrorInfo | None = None
     exit_code: int | None = None
+    rank: int | None = None  # whose end it is; None: not known (an older release, or what came over the wire)
 
     def to_json(self) -> dict[str, Any]:
         """The form in the manifest."""
@@ -80,6 +86,7 @@ class Verdict:
             if error is None
             else {"type": error.type, "message": error.message, "stacktrace": error.stacktrace},
             "exit_code": self.exit_code,
+            "rank": self.rank,
         }
 
     @classmethod
@@ -92,6 +99,7 @@ class Verdict:
             kept.get("seen_by", "death"),
             None if error is None else ErrorInfo(error["type"], error["message"], error.get("stacktrace", "")),
             kept.get("exit_code"),
+            kept.get("rank"),
         )
 
 

@@ -29,7 +29,16 @@ from tracelet.spool.points import Address
 from tracelet.spool.reader import Position, SlotRange
 from tracelet.spool.store import MANIFEST, read_manifest, write_whole
 
-__all__ = ["DestinationProgress", "Intent", "Journal", "Progress", "copy_name", "journal_name", "sync_journals"]
+__all__ = [
+    "DestinationProgress",
+    "Intent",
+    "Journal",
+    "Progress",
+    "copy_name",
+    "journal_name",
+    "rank_mark",
+    "sync_journals",
+]
 
 _COMPACT_AT = 4 * 2**20
 _COMPACT_RATIO = 4
@@ -39,6 +48,11 @@ _STAMPS_TWICE = 256  # series of a batch; beyond that the journal would grow by 
 def journal_name(destination_id: str) -> str:
     """The file name of a destination's journal."""
     return f"journal-{destination_id}"
+
+
+def rank_mark(attempt_key: str, rank: int) -> str:
+    """What a journal calls the end of one more rank of an attempt, beside the attempt's own."""
+    return f"{attempt_key}/{rank}"
 
 
 def copy_name(destination_id: str) -> str:
@@ -147,7 +161,7 @@ class Journal:
 
     @property
     def done(self) -> dict[str, bool]:
-        """Keys of the attempts whose end this destination has."""
+        """Keys of the attempts whose end this destination has, and marks of the ranks (`rank_mark`)."""
         return self._state.done
 
     @property
@@ -238,7 +252,7 @@ class Journal:
             self._state.memory = dict(memory)
 
     def close_attempt(self, attempt_key: str) -> None:
-        """This destination has the attempt's end; again is no harm."""
+        """This destination has the end of the attempt, or of what a `rank_mark` stands for; again is no harm."""
         if not self._state.done.get(attempt_key):
             self._append("done", {"attempt": attempt_key})
             self._state.done[attempt_key] = True

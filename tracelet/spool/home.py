@@ -12,6 +12,7 @@ nothing can be told from elsewhere.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
 import time
@@ -23,12 +24,29 @@ from tracelet.guard import guard
 from tracelet.spool import store
 from tracelet.spool.store import Manifest
 
-__all__ = ["LEASE", "MISSED_S", "RENEW_S", "Beat", "Lease", "Watch", "is_here", "is_of_an_earlier_boot", "read_lease"]
+__all__ = [
+    "LATE_S",
+    "LEASE",
+    "MISSED_S",
+    "RENEW_S",
+    "SILENT_S",
+    "Beat",
+    "Lease",
+    "Watch",
+    "is_here",
+    "is_of_an_earlier_boot",
+    "last_written_ns",
+    "read_lease",
+]
 
 LEASE = "lease.json"
 RENEW_S = 10.0
 MISSED_S = 3 * RENEW_S
 """Three leases missed: the host, or its shipper, is gone."""
+LATE_S = 2 * RENEW_S
+"""One lease missed: nothing is known of the run, which is LOST until more is."""
+SILENT_S = 3600.0
+"""The same where nobody renews a lease: for how long nothing has been written to the folder."""
 
 _NAMELESS = ("localhost", "localhost.localdomain")
 
@@ -69,6 +87,17 @@ def read_lease(folder: Path) -> Lease | None:
         return Lease(str(fields["holder"]), int(fields["beat"]), int(fields["renewed_unix_nano"]), str(fields["host"]))
     except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return None
+
+
+def last_written_ns(folder: Path) -> int:
+    """When a writer wrote last, by its files; a mapped file's time is as of its kernel's last flush. 0: never."""
+    pattern = "?" * 16 + "-*."
+    files = [*folder.glob(pattern + "points"), *folder.glob(pattern + "frames")]
+    times = []
+    for path in files:
+        with contextlib.suppress(FileNotFoundError):  # delivered, and moved meanwhile
+            times.append(path.stat().st_mtime_ns)
+    return max(times, default=0)
 
 
 class Beat:

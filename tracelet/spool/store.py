@@ -115,13 +115,16 @@ class Attempt:
     ended: Mapping[str, Any] | None = None
     shipper: str = "process"  # "process", "thread", "off"
     lease_until_unix_nano: int | None = None  # for other hosts; None: no lease is kept
-    number: int = 0  # 1, 2, ... by the order of starts, which a clock set back can't change; 0: not known
+    number: int = 0  # 1, 2, ... of those that were known at its start: for people; 0: not known
+    order_unix_nano: int = 0  # its start, or just after the newest attempt known then, where the clock says earlier
+    ranks_ended: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # rank -> as `ended`: of further ranks
     extra: Mapping[str, Any] = field(default_factory=dict)  # what a newer minor version added
 
     @property
-    def order(self) -> tuple[int, int]:
-        """What attempts of one run are sorted by: the number, and only then the clock."""
-        return self.number, self.started_unix_nano
+    def order(self) -> int:
+        """What attempts of one run are sorted by. A clock set back can't change it, as far as the earlier attempts were
+        known at the start; hosts that know nothing of each other are told apart by their clocks."""
+        return self.order_unix_nano or self.started_unix_nano
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +149,11 @@ class Manifest:
             for destination in attempt.destinations:
                 found[str(destination["id"])] = destination
         return found
+
+    @property
+    def newest(self) -> Attempt | None:
+        """The attempt that was started last: the one whose end is the run's."""
+        return max(self.attempts, key=lambda attempt: attempt.order, default=None)
 
     def attempt(self, key: str) -> Attempt | None:
         """The attempt with this key."""
@@ -193,8 +201,10 @@ _ATTEMPT_TYPES: dict[str, _Type] = {
     "pid": int,
     "rank": int,
     "number": int,
+    "order_unix_nano": int,
     "destinations": list,
     "ended": (dict, type(None)),
+    "ranks_ended": dict,
     "shipper": str,
     "lease_until_unix_nano": (int, type(None)),
     "launch": dict,
@@ -208,6 +218,7 @@ _ENDED_TYPES: dict[str, _Type] = {
     "seen_by": str,
     "error": (dict, type(None)),
     "exit_code": (int, type(None)),
+    "rank": (int, type(None)),
 }
 _ERROR_TYPES: dict[str, _Type] = {"type": str, "message": str, "stacktrace": str}
 
@@ -287,10 +298,15 @@ def _expect_attempt(attempt: Any) -> None:
     if not all(type(restarts) is int for restarts in attempt.get("launch", {"restarts": ()})["restarts"]):
         raise ValueError(f"launch is {attempt['launch']!r}")
     ended = attempt.get("ended")
-    if ended is not None:
-        _expect({"status": None, "end_unix_nano": None, **ended}, _ENDED_TYPES)
-        if ended.get("error") is not None:
-            _expect({"type": None, "message": None, **ended["error"]}, _ERROR_TYPES)
+    for verdict in (*([] if ended is None else [ended]), *attempt.get("ranks_ended", {}).values()):
+        _expect_ended(verdict)
+
+
+def _expect_ended(ended: Any) -> None:
+    _expect({"ended": ended}, {"ended": dict})
+    _expect({"status": None, "end_unix_nano": None, **ended}, _ENDED_TYPES)
+    if ended.get("error") is not None:
+        _expect({"type": None, "message": None, **ended["error"]}, _ERROR_TYPES)
 
 
 def _check(fields: Mapping[str, Any]) -> str:

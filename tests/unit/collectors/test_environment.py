@@ -27,6 +27,7 @@ def made(environ: dict[str, str] | None = None, **changed: Any) -> dict[str, Any
         "run_id": "r1",
         "run_name": "train",
         "attempt_key": KEY,
+        "attempt_order": 7,
         "rank": 0,
     }
     return resource(**{**given, **changed}, environ=environ or {})
@@ -45,6 +46,7 @@ def test_the_resource_is_exactly_that_of_the_wire_contract() -> None:
         "tracelet.run.id": "r1",
         "tracelet.run.name": "train",
         "tracelet.run.attempt": KEY,
+        "tracelet.run.attempt.order": 7,
         "tracelet.rank": 3,
         "tracelet.wire.version": "1.0",
         "host.name": os.uname().nodename,

@@ -21,7 +21,7 @@ def ticket(secrets: dict[str, dict[str, object]]) -> Ticket:
         rank=0,
         leaves_out=False,
         alone=True,
-        resource={},
+        resource={"tracelet.run.attempt.order": 1},
         destinations=(OTLP, LIVE),
         shipper="process",
         max_bytes=None,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from tests.arrivals import Memory, arrival, ended, started, take
-from tests.shipping import until
+from tests.shipping import START_NS, until
 from tracelet.gateway.lost import Silence
 from tracelet.records import LOST, RUNNING, StateNoted
 
@@ -75,6 +76,23 @@ def test_silence_counts_while_the_gateway_is_down_but_its_senders_get_time_to_co
         clock.ahead_s = 5301.0
         intake.keep_house()
         until(lambda: states(memory) == [LOST])
+
+
+def test_a_sender_that_calls_its_run_lost_is_believed_and_is_no_sign_of_life(tmp_path: Path) -> None:
+    memory, clock = Memory(), Clock()
+    with started(tmp_path, memory, clock=clock, lost_after_s=100.0) as intake:
+        take(intake, arrival(attempt="old", points=[("a", 1.0, 1)], started=START_NS))
+        take(intake, arrival(attempt="new", points=[("a", 2.0, 2)], started=START_NS + 10**9))
+        until(lambda: len(memory.points("run-1")) == 2)
+        take(intake, replace(arrival(attempt="old"), lost=True))
+        assert intake.run_info().lost == 0
+        for first in range(2):
+            take(intake, replace(arrival(attempt="new", first=START_NS + first), lost=True))
+            until(lambda: states(memory) == [LOST])
+            assert (intake.run_info().running, intake.run_info().lost) == (0, 1)
+        take(intake, arrival(attempt="new", points=[("a", 3.0, 3)]))
+        until(lambda: states(memory) == [LOST, RUNNING])
+        assert intake.run_info().lost == 0
 
 
 def test_a_run_that_has_ended_is_never_lost(tmp_path: Path) -> None:

@@ -480,12 +480,21 @@ def test_every_scope_s_spans_below_a_run_are_the_run_s() -> None:
     assert (arrival.items, arrival.ended, arrival.started_unix_nano) == (1, None, None)
 
 
-def test_a_rank_s_span_tells_its_end_and_no_other_span_does() -> None:
+@pytest.mark.parametrize("span_id", [ids.root_span_id(RUN.run_id, "a" * 16), ids.rank_span_id(RUN.run_id, "a" * 16, 1)])
+def test_the_end_of_one_rank_s_span_is_not_the_attempt_s(span_id: str) -> None:
     message, items = request("traces", {semconv.RANK: 1})
     state = KeyValue(key="tracelet.run.state", value=AnyValue(string_value="KILLED"))
-    span_of(items, ids.root_span_id(RUN.run_id, "a" * 16), end_time_unix_nano=START + MS, attributes=[state])
+    span_of(items, span_id, end_time_unix_nano=START + MS, attributes=[state])
+    arrival = only(decode_traces(message))
+    assert (arrival.ended, arrival.started_unix_nano) == (None, None)
+
+
+def test_the_root_span_tells_the_attempt_s_end_and_no_other_span_does() -> None:
+    message, items = request("traces")
+    state = KeyValue(key="tracelet.run.state", value=AnyValue(string_value="KILLED"))
+    span_of(items, ids.rank_span_id(RUN.run_id, "a" * 16, 1), end_time_unix_nano=START + MS, attributes=[state])
     assert only(decode_traces(message)).ended is None
-    span = span_of(items, ids.rank_span_id(RUN.run_id, "a" * 16, 1), end_time_unix_nano=START + MS, attributes=[state])
+    span = span_of(items, ids.root_span_id(RUN.run_id, "a" * 16), end_time_unix_nano=START + MS, attributes=[state])
     arrival = only(decode_traces(message))
     assert arrival.ended is not None
     assert (arrival.ended.status, arrival.ended.end_unix_nano) == ("KILLED", START + MS)

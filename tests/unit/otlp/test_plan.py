@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -23,11 +24,13 @@ from tracelet.records import (
     Heartbeat,
     ParamsLogged,
     Part,
+    RankEnded,
     Record,
     RunStarted,
     Scalar,
     SpanEnded,
     SpanStarted,
+    StateNoted,
     TagsSet,
     WriterEnded,
 )
@@ -268,6 +271,48 @@ def test_another_rank_is_a_child_of_the_root_without_params() -> None:
     assert span.name == "rank 2"
     assert span.parent_span_id.hex() == ids.root_span_id(RUN.run_id, KEY)
     assert "tracelet.param.lr" not in attributes(span)
+
+
+def test_a_ranks_end_is_its_span_its_open_phases_and_its_series_and_nothing_about_the_run() -> None:
+    phase = SpanStarted("1" * 16, ids.rank_span_id(RUN.run_id, KEY, 2), "epoch", START + MS)
+    begun = plan(batch((), [RunStarted(START, "r", {}, {}, f"00-{'c' * 32}-{'d' * 16}-01")]), Ledger())
+    rank = RankEnded("KILLED", START, END, None, (phase,), {"w" * 16: (("loss", START),)})
+    planned = plan(batch((), [rank], opening=opened(2), number=2), begun.after)
+    left_open, span = spans(planned)
+    assert (left_open.name, left_open.parent_span_id) == ("epoch", span.span_id)
+    assert (span.name, attributes(span)["tracelet.run.state"], len(span.links)) == ("rank 2", "KILLED", 0)
+    assert span.parent_span_id.hex() == ids.root_span_id(RUN.run_id, KEY)
+    assert not sent(planned, "logs")
+    assert not metrics(planned, "tracelet.run")
+    assert [metric.name for _, metric in metrics(planned, "tracelet")] == ["loss"]
+
+
+def test_an_attempts_end_where_rank_0_is_not_is_no_event() -> None:
+    elsewhere = dataclasses.replace(ended("FAILED", newest=False), speaks=False)
+    planned = plan(batch((), [elsewhere], opening=opened(2)), Ledger())
+    assert [span.name for span in spans(planned)] == ["rank 2"]
+    assert not sent(planned, "logs")
+
+
+def test_a_word_that_a_run_is_lost_is_in_the_status_and_is_no_heartbeat() -> None:
+    def told(metrics_of: list[tuple[Any, Any]]) -> dict[str, str]:
+        return {
+            metric.name: str(attributes(point).get("tracelet.run.state", ""))
+            for _, metric in metrics_of
+            for point in metric.gauge.data_points
+            if point.as_double
+        }
+
+    planned = plan(batch((), [StateNoted(START, "LOST")]), Ledger(beat=START + 30_000 * MS))
+    found = metrics(planned, "tracelet.run")
+    assert told(found) == {"tracelet.run.status": "LOST"}
+    ((at,),) = ({p.time_unix_nano for p in metric.gauge.data_points} for _, metric in found)
+    assert planned.after.beat == at > START + 30_000 * MS
+    beat = heartbeat_load(batch(), Heartbeat(START, "LOST", None, {}), Ledger())
+    message = REQUESTS["metrics"].FromString(beat.encode())
+    names = {metric.name for metric in message.resource_metrics[0].scope_metrics[0].metrics}
+    assert "tracelet.run.heartbeat" not in names
+    assert "tracelet.run.status" in names
 
 
 def test_every_live_series_gets_an_end_marker_after_its_last_point_under_its_own_resource() -> None:

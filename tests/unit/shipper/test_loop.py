@@ -22,7 +22,7 @@ from tracelet import ids
 from tracelet.errors import IntegrationUnavailable
 from tracelet.exporters.base import Exporter
 from tracelet.guard import guard
-from tracelet.records import FlushAsked, ParamsLogged, SpanStarted, TagsSet, WriterOpened
+from tracelet.records import FlushAsked, ParamsLogged, RankEnded, SpanStarted, TagsSet, WriterOpened
 from tracelet.shipper.deadletter import DeadLetters
 from tracelet.shipper.deaths import Deaths
 from tracelet.shipper.loop import Lane
@@ -562,6 +562,80 @@ def test_the_end_waits_for_a_rank_0_that_has_not_begun_and_not_for_good(bench: B
     end(first, "FAILED")
     bench.settle(lane)
     assert [ended.status for ended in exporter.store.ends()] == ["FAILED"]
+
+
+def of_rank(bench: Bench, rank: int) -> Writer:
+    key, started = bench.attempt.key, bench.attempt.started_unix_nano
+    opened = WriterOpened(started + rank, "first", os.getpid(), rank, key, started, {})
+    return open_writer(bench.folder, bench.attempt, opened=opened)
+
+
+def test_each_rank_has_an_end_of_its_own_with_its_own_phases_and_series(bench: Bench) -> None:
+    exporter = InMemoryExporter()
+    lane = bench.lane(exporter)
+    other = of_rank(bench, 1)
+    for writer, name in ((bench.writer, "a"), (other, "b")):
+        writer.log(name, 1.0, 0)
+        put(writer, SpanStarted(name * 16, "f" * 16, f"phase of {name}", 1))
+        put(writer, ParamsLogged(1, {name: 1}))
+    bench.settle(lane)
+    bench.alive.dead.add(str(other.writer_id))
+    bench.settle(lane)
+    bench.clock.advance(60.0)
+    bench.settle(lane)
+    (rank,) = [record for record in exporter.store.records() if isinstance(record, RankEnded)]
+    assert (rank.status, rank.start_unix_nano) == ("KILLED", bench.attempt.started_unix_nano + 1)
+    assert [phase.name for phase in rank.open_spans] == ["phase of b"]
+    assert not exporter.store.ends()
+    assert not lane.is_done(bench.attempt.key)
+    end(bench.writer)
+    bench.settle(lane)
+    (run,) = exporter.store.ends()
+    assert (run.status, dict(run.params)) == ("FINISHED", {"a": 1, "b": 1})
+    assert [phase.name for phase in run.open_spans] == ["phase of a"]
+    assert lane.is_done(bench.attempt.key)
+
+
+def test_a_rank_that_comes_after_the_attempts_end_has_its_end_all_the_same(bench: Bench) -> None:
+    exporter = InMemoryExporter()
+    lane = bench.lane(exporter)
+    start(bench.writer)
+    end(bench.writer)
+    bench.settle(lane)
+    assert lane.is_done(bench.attempt.key)
+    late = of_rank(bench, 3)
+    late.log("loss", 1.0, 0)
+    bench.settle(lane)
+    assert not lane.is_done(bench.attempt.key)
+    end(late, "FAILED")
+    bench.settle(lane)
+    assert [one.status for one in exporter.store.records() if isinstance(one, RankEnded)] == ["FAILED"]
+    assert [one.status for one in exporter.store.ends()] == ["FINISHED"]
+    manifest = store.read_manifest(bench.folder)
+    assert manifest is not None
+    (attempt,) = manifest.attempts
+    assert attempt.ended is not None
+    assert (attempt.ended["rank"], {rank: one["status"] for rank, one in attempt.ranks_ended.items()}) == (
+        0,
+        {"3": "FAILED"},
+    )
+
+
+def test_a_rank_0_that_comes_after_anothers_end_speaks_for_the_run(bench: Bench) -> None:
+    exporter = InMemoryExporter()
+    early = of_rank(bench, 1)
+    lane = bench.lane(exporter)
+    early.log("loss", 1.0, 0)
+    end(early, "FAILED")
+    bench.settle(lane)
+    assert [(one.status, one.newest) for one in exporter.store.ends()] == [("FAILED", False)]
+    zero = of_rank(bench, 0)
+    put(zero, ParamsLogged(1, {"lr": 1}))
+    end(zero, "FINISHED")
+    bench.settle(lane)
+    told = [(one.status, one.newest, dict(one.params)) for one in exporter.store.ends()]
+    assert told == [("FAILED", False, {}), ("FINISHED", True, {"lr": 1})]
+    assert lane.is_done(bench.attempt.key)
 
 
 # ---- damage ---------------------------------------------------------------------------------------------------------

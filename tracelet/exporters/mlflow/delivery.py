@@ -212,6 +212,13 @@ class MLflowDelivery:
             self._check_run(no)
             raise NotNow(f"MLflow refuses to resume run {self._run_id}: {no}", loud=True) from no
         self._state.tags[ATTEMPT_TAG] = mark
+        self._found()
+
+    def _found(self) -> None:
+        """Whoever told that the run is LOST knew of none that begins, or ends, now."""
+        if STATE_TAG in self._state.tags:
+            self._transport.delete_tag(self._run_id, STATE_TAG)
+            self._state.tags.pop(STATE_TAG, None)
 
     @property
     def _run_id(self) -> str:
@@ -403,6 +410,9 @@ class MLflowDelivery:
         if view is not None and is_newer(view.tags.get(ATTEMPT_TAG), part.opened):
             return  # a newer attempt, shipped from elsewhere, has the run now
         try:
+            if view is not None:
+                self._state.tags.update({STATE_TAG: LOST} if STATE_TAG in view.tags else {})
+            self._found()
             self._transport.update_run(self._run_id, ended.status, ended.end_unix_nano // 1_000_000)
         except Refused as no:
             self._check_run(no)

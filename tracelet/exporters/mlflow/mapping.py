@@ -67,8 +67,8 @@ __all__ = [
 
 RUN_TAG = "tracelet.run.id"
 ATTEMPT_TAG = "tracelet.run.attempt"  # of the newest attempt that MLflow knows: see attempt_mark
-_MARK = re.compile(r"(?P<start>[0-9]+)-(?P<key>.*?)(?: #(?P<number>[0-9]+) (?P<host>.*))?", re.DOTALL | re.ASCII)
-STATE_TAG = "tracelet.state"  # LOST while a gateway has heard nothing of a run for long; else there is none
+_MARK = re.compile(r"(?P<order>[0-9]+)-(?P<key>.*)", re.DOTALL | re.ASCII)
+STATE_TAG = "tracelet.state"  # LOST while nothing has been heard of a run for long; else there is none
 RUN_NAME_TAG = "tracelet.run.name"  # the whole name of a run or a project that is too long for MLflow
 PROJECT_TAG = "tracelet.project"
 NAME_TAG = "tracelet.name."  # + legal name: the name as it was logged
@@ -97,7 +97,7 @@ class Plan:
     refusals: list[Refusal] = field(default_factory=list)
     ended: AttemptEnded | None = None
     spans: list[str] = field(default_factory=list)  # serialized ResourceSpans, in base64
-    state: StateNoted | None = None  # the latest that a gateway noted
+    state: StateNoted | None = None  # the latest that was noted
 
 
 # ---- points ------------------------------------------------------------------------------------------------------
@@ -190,7 +190,8 @@ def plan_of(batch: Batch, rows: Sequence[MetricRow], params: Mapping[str, str], 
                 plan.made.ended = record
                 plan.add_params(record.params)
                 plan.add_tags(record.tags)
-                plan.add_error(record.error)
+                if not is_newer(tags.get(ATTEMPT_TAG), part.opened):  # else what went wrong is a newer attempt's to say
+                    plan.add_error(record.error)
     for key in {row[0] for row in rows if math.isinf(row[1])}:
         plan.set_tag(legal_name(INFINITE_TAG + key), _INFINITE)
     return plan.finish()
@@ -224,10 +225,8 @@ def chunk_of(pairs: Mapping[str, str], most: int) -> list[tuple[str, str]]:
 
 
 def attempt_mark(opened: WriterOpened) -> str:
-    """The value of ATTEMPT_TAG for the attempt of a writer: its start and key, its number and the host that counted."""
-    mark = f"{opened.attempt_started_unix_nano}-{opened.attempt_key}"
-    host = opened.resource.get(semconv.HOST_NAME)
-    return f"{mark} #{opened.attempt_number} {host}" if opened.attempt_number and host else mark
+    """The value of ATTEMPT_TAG for the attempt of a writer: its order and its key."""
+    return f"{attempt_order(opened)}-{opened.attempt_key}"
 
 
 def is_newer(mark: str | None, opened: WriterOpened) -> bool:
@@ -243,23 +242,22 @@ def is_older(mark: str | None, opened: WriterOpened) -> bool:
 def _compared(mark: str | None, opened: WriterOpened) -> int:
     """-1, 0 or 1: the mark's attempt is the earlier one, the same, or the later one.
 
-    Start times of one attempt may differ (ranks, a start that was first guessed from what came), so the key decides
-    what one attempt is. Where one host has counted both, their numbers do: its clock may have been set back meanwhile.
+    Orders of one attempt may differ (hosts, a start that was first guessed from what came), so the key decides what
+    one attempt is.
     """
     found = _MARK.fullmatch(mark or "")
     if found is None:
         return -1
     if found["key"] == opened.attempt_key:
         return 0
-    known, mine = (0, int(found["start"])), (0, opened.attempt_started_unix_nano)
-    if found["host"] and found["host"] == opened.resource.get(semconv.HOST_NAME) and opened.attempt_number:
-        known, mine = (int(found["number"]), known[1]), (opened.attempt_number, mine[1])
+    known, mine = int(found["order"]), attempt_order(opened)
     return (known > mine) - (known < mine)
 
 
-def attempt_order(opened: WriterOpened) -> tuple[int, int]:
-    """What the attempts in one batch, which comes from one host, are sorted by."""
-    return opened.attempt_number, opened.attempt_started_unix_nano
+def attempt_order(opened: WriterOpened) -> int:
+    """What attempts of a run are sorted by: what the sender says, else the start."""
+    order = opened.resource.get(semconv.ATTEMPT_ORDER)
+    return order if type(order) is int and order > 0 else opened.attempt_started_unix_nano
 
 
 class _Planner:

@@ -22,7 +22,7 @@ class RunState:
         self.params: dict[str, str] = {}
         self.tags: dict[str, str] = {}
         self.create_is_unclear = False
-        self.noted_unix_nano = 0  # when the state that MLflow shows was noted by a gateway
+        self.noted_unix_nano = 0  # when the state that MLflow shows was noted
         self.takes_no_spans = False  # said once, by one refusal
         if view is not None:
             self.learn(view)

@@ -102,6 +102,12 @@ def test_a_long_params_change_is_seen_although_the_kept_prefix_is_equal() -> Non
     assert list(first.texts.values()) == ["x" * 7000]
 
 
+def test_the_error_of_an_attempt_that_comes_late_is_not_the_runs() -> None:
+    late = batch(RUN, ended("FAILED", ErrorInfo("E", "why", "")), by=opened("a" * 16, 1))
+    assert not [tag for tag in plan_of(late, [], {}, {"tracelet.run.attempt": f"2-{'b' * 16}"}).tags if "error" in tag]
+    assert [tag for tag in plan_of(late, [], {}, {"tracelet.run.attempt": f"1-{'a' * 16}"}).tags if "error" in tag]
+
+
 def test_an_error_becomes_tags_and_a_long_stacktrace_an_artifact() -> None:
     plan = plan_of(batch(RUN, ended("FAILED", ErrorInfo("E", "why", "trace\n" * 5000))), [], {}, {})
     assert plan.tags["tracelet.error.message"] == "why"
@@ -109,22 +115,22 @@ def test_an_error_becomes_tags_and_a_long_stacktrace_an_artifact() -> None:
     assert list(plan.texts.values()) == ["trace\n" * 5000]
 
 
-def numbered(key: str, start: int, number: int, host: str = "gpu-1") -> WriterOpened:
-    return opened(key * 16, start, attempt_number=number, resource={"host.name": host})
+def ordered(key: str, start: int, order: object) -> WriterOpened:
+    return opened(key * 16, start, resource={"tracelet.run.attempt.order": order})
 
 
 @pytest.mark.parametrize(
     ("earlier", "later"),
     [
         (opened("a" * 16, 1), opened("b" * 16, 2)),
-        (numbered("a", 1, 1), numbered("b", 2, 2)),
-        (numbered("a", 2, 1), numbered("b", 1, 2)),  # the clock was set back in between
-        (numbered("a", 1, 7), numbered("b", 2, 1, "gpu-2")),  # each host counts for itself
-        (numbered("a", 1, 7), opened("b" * 16, 2)),  # an older release, or over the wire
-        (opened("a-b", 1), numbered("b", 2, 1)),
+        (ordered("a", 1, 1), ordered("b", 2, 2)),
+        (ordered("a", 2, 2), ordered("b", 1, 3)),  # the clock was set back in between
+        (ordered("a", 1, 7), opened("b" * 16, 8)),  # a program that made its own Resource
+        (ordered("a", 1, "99"), ordered("b", 2, 0)),  # what came over the wire may be anything
+        (opened("a-b", 1), ordered("b", 2, 2)),
     ],
 )
-def test_the_newest_attempt_is_told_by_its_number_and_where_nobody_counted_by_its_start(
+def test_the_newest_attempt_is_told_by_its_order_and_where_nobody_gave_one_by_its_start(
     earlier: WriterOpened, later: WriterOpened
 ) -> None:
     assert is_older(attempt_mark(earlier), later)
