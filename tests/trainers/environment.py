@@ -16,7 +16,7 @@ from typing import Any
 from tests.conftest import processes_of, stop
 from tests.stack.harness import REPOSITORY, environment, lacking
 
-LIMIT_S = 240.0
+LIMIT_S = 420.0
 """How long a program of a test may take; none comes near it unless it hangs."""
 
 TELL = """
