@@ -10,7 +10,7 @@ RUN := $(VENV)/bin/python -m
 export PYTHON
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help demo test soak check format docs stack launchers bench clean
+.PHONY: help demo test soak check format docs stack launchers trainers bench clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -43,8 +43,11 @@ docs: $(VENV)/.ready-dev ## serve the documentation at http://127.0.0.1:8000, re
 stack: ## have the real collector, Prometheus, Loki, Kafka, ...: what is not on PATH is built (Go, Maven; 11 minutes)
 	@$(or $(PYTHON),$(firstword $(wildcard $(VENV)/bin/python) python3)) scripts/stack.py build $(ARGS)
 
-launchers: ## have SLURM, sshd and mpirun, which tests start for real: installs what is missing (Debian, Ubuntu; root)
+launchers: ## have SLURM, sshd, mpirun, sshfs, ... which tests start for real: installs what is missing (Debian; root)
 	@scripts/system_packages.sh
+
+trainers: ## have PyTorch and Ray for the tests of real launchers, outside of .venv (2 GB; a minute, once downloaded)
+	@$(or $(PYTHON),$(firstword $(wildcard $(VENV)/bin/python) python3)) scripts/trainers.py build
 
 bench: $(VENV)/.ready-dev ## the numbers: import time, the price of a call, the way to the backends
 	@for file in benchmarks/*.py; do echo; echo "== $$file"; $(VENV)/bin/python "$$file" || exit 1; done

@@ -59,7 +59,11 @@ class Program:
 
     def place(self) -> Path:
         """Where it lies once it is built."""
-        return cache() / f"{self.name}-{self.version}-{self.digest()}" / self.result
+        return self.home() / self.result
+
+    def home(self) -> Path:
+        """The folder of this program alone."""
+        return cache() / f"{self.name}-{self.version}-{self.digest()}"
 
 
 def cache() -> Path:
@@ -123,20 +127,24 @@ def build(names: Sequence[str], jobs: int) -> None:
         StackError: a tool is missing, a checksum is wrong, or the compiler said no.
     """
     for name in names:
-        program = PROGRAMS[name]
-        there = program.place()
+        have(PROGRAMS[name], jobs)
+
+
+def have(program: Program, jobs: int) -> None:
+    """Have one program; what `build` does with each."""
+    there = program.place()
+    if there.exists():
+        say(f"{program.name} {program.version}: built already, {there}")
+        return
+    found = on_path(program)
+    if found is not None:
+        say(f"{program.name} {program.version}: on PATH, {found}")
+        return
+    with only_one(program):
         if there.exists():
-            say(f"{name} {program.version}: built already, {there}")
-            continue
-        found = on_path(program)
-        if found is not None:
-            say(f"{name} {program.version}: on PATH, {found}")
-            continue
-        with only_one(program):
-            if there.exists():
-                say(f"{name} {program.version}: built meanwhile by another, {there}")
-                continue
-            _build(program, there, jobs)
+            say(f"{program.name} {program.version}: built meanwhile by another, {there}")
+            return
+        _build(program, there, jobs)
 
 
 def _build(program: Program, there: Path, jobs: int) -> None:
@@ -150,11 +158,11 @@ def _build(program: Program, there: Path, jobs: int) -> None:
         program.make(program, folder, jobs)
         if not (folder / program.result).exists():
             raise StackError(f"{program.name}: the build ended well and left no {program.result}")
-        shutil.rmtree(there.parent, ignore_errors=True)  # somebody took the program out of it
-        os.replace(folder, there.parent)
+        shutil.rmtree(program.home(), ignore_errors=True)  # somebody took the program out of it
+        os.replace(folder, program.home())
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    size = sum(path.stat().st_size for path in there.parent.rglob("*") if path.is_file())
+    size = sum(path.stat().st_size for path in program.home().rglob("*") if path.is_file())
     say(f"{program.name} {program.version}: built in {time.monotonic() - started:.0f} s, {size / 1e6:.0f} MB, {there}")
 
 

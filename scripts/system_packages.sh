@@ -1,5 +1,5 @@
 #!/bin/sh
-# Has the launchers that tests start for real, where Debian's packages can be installed: SLURM, sshd, OpenMPI, MPICH.
+# Has what tests start for real, where Debian's packages can be installed: SLURM, sshd, OpenMPI, MPICH, file systems.
 #
 # Only what is missing is installed, and no service of it is started: a test starts its own, with its own files and
 # ports, and none of /etc is needed. Where this is not root on a Debian or Ubuntu, it says what to install.
@@ -17,10 +17,15 @@ ssh-keygen openssh-client
 setpriv util-linux
 mpirun.openmpi openmpi-bin
 mpirun.mpich mpich
+mkfs.xfs xfsprogs
+mkfs.btrfs btrfs-progs
+sshfs sshfs
+fusermount3 fuse3
+sftp-server openssh-sftp-server
 "
 
 # Services are in sbin, which is not on everybody's PATH.
-PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin"
+PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin:/usr/lib/openssh"
 
 missing=$(
     echo "$wanted" | while read -r program package; do
@@ -28,12 +33,13 @@ missing=$(
     done | sort -u | tr '\n' ' '
 )
 if [ -z "$missing" ]; then
-    echo "SLURM, sshd, OpenMPI and MPICH are there"
+    echo "SLURM, sshd, OpenMPI, MPICH and the file systems are there"
     exit 0
 fi
 if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null; then
     echo "Not there: $missing(names of Debian's packages). The tests that start them are skipped without." >&2
-    echo "On Debian or Ubuntu: sudo make launchers. Elsewhere: SLURM with munge, OpenSSH's server, OpenMPI, MPICH." >&2
+    echo "On Debian or Ubuntu: sudo make launchers. Elsewhere: SLURM with munge, OpenSSH's server, OpenMPI, MPICH, the tools of XFS and" >&2
+    echo "btrfs, sshfs." >&2
     exit 1
 fi
 

@@ -1,8 +1,9 @@
-"""What launchers set in the processes they start, as recorded from them, and a launcher for tests that does it.
+"""What launchers set in the processes they start, and a launcher for tests that does it.
 
-torchrun: `LocalElasticAgent._start_workers` of torch.distributed.elastic. Ray Train: its torch backend's worker
-variables. Neither runs here. srun and sbatch, mpirun of OpenMPI and MPICH: seen in SLURM 22.05, OpenMPI 4.1 and MPICH
-4.0, and held by tests/crash/test_slurm.py and tests/crash/test_mpirun.py, where they run.
+torchrun: as seen in the ranks of PyTorch 2.15.0, with which tests/trainers/test_torchrun.py compares it. Ray Train: as
+seen in the workers of Ray 2.60.0, compared by tests/trainers/test_ray.py. srun and sbatch, mpirun of OpenMPI and MPICH:
+seen in SLURM 22.05, OpenMPI 4.1 and MPICH 4.0, and held by tests/crash/test_slurm.py and tests/crash/test_mpirun.py,
+where they run.
 """
 
 from __future__ import annotations
@@ -34,7 +35,11 @@ def torchrun(
     port: int = 29500,
     here: int = 0,
 ) -> Environs:
-    """The workers of one agent, by rank; `here` of them where the launch has other machines too."""
+    """The workers of one agent, by rank; `here` of them where the launch has other machines too.
+
+    Address and id are those of a launch with `--master-port`; with no arguments at all they are "localhost", a free
+    port, and a random id. `restarts` are those that this very agent has counted.
+    """
     return [
         {
             "RANK": str(rank),
@@ -49,9 +54,13 @@ def torchrun(
             "MASTER_ADDR": address,
             "MASTER_PORT": str(port),
             "TORCHELASTIC_RESTART_COUNT": str(restarts),
+            "TORCHELASTIC_ERROR_FILE": f"/tmp/torchelastic/{rdzv_id}/attempt_{restarts}/{rank}/error.json",
             "TORCHELASTIC_MAX_RESTARTS": "3",
             "TORCHELASTIC_RUN_ID": rdzv_id,
+            "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT",
             "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
+            "OMP_NUM_THREADS": "1",
         }
         for rank in range(here or world)
     ]
@@ -119,10 +128,14 @@ def mpirun(world: int, *, hydra: bool = False, job: str = "428408833", here: int
 
 
 def ray(world: int, *, address: str = "10.0.0.1", port: int = 40001, job: str = "01000000") -> Environs:
-    """The workers of one Ray Train trial on one machine. Ray counts its jobs from 1 in each cluster."""
+    """The workers of one Ray Train trial on one machine. Ray counts its jobs from 1 in each cluster.
+
+    A process that Ray had started before it was needed, as here rank 0's, has no job's number.
+    """
     return [
         {
-            "RAY_JOB_ID": job,
+            "RAY_JOB_ID": job if rank else "ffffffff",
+            "RAY_RAYLET_PID": "4242",
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(world),

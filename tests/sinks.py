@@ -141,7 +141,7 @@ class Sink:
         ]
 
     def ends(self, run_id: str) -> list[str]:
-        """The states of the ends that were told of a run."""
+        """The states of the ends that were told of a run; a long traceback is told in further events."""
         return [
             attributes(event)["tracelet.run.state"]
             for received in list(self.stored)
@@ -150,7 +150,7 @@ class Sink:
             if attributes(resource.resource)["tracelet.run.id"] == run_id
             for scope in resource.scope_logs
             for event in scope.log_records
-            if event.event_name == "tracelet.run.ended"
+            if event.event_name == "tracelet.run.ended" and "tracelet.run.state" in attributes(event)
         ]
 
 

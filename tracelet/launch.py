@@ -32,6 +32,9 @@ _MAIN = (
 # `opentelemetry-instrument` puts this folder on PYTHONPATH; its sitecustomize would trace the shipper's own requests.
 _AUTO_INSTRUMENTATION = os.path.join("opentelemetry", "instrumentation", "auto_instrumentation")
 
+# What a worker process of Ray has, and nothing else. Ray kills the child processes of a worker that ends or is killed.
+_KILLS_CHILDREN = "RAY_RAYLET_PID"
+
 _INITIAL_PID_NAMESPACE = "pid:[4026531836]"  # PROC_PID_INIT_INO of the Linux kernel
 _LONGEST_PATHS = 16_384  # characters; an argument has at most 128 kB, and each of these may be twelve
 _JOB_VARIABLES = {"SLURM_JOB_ID": "SLURM", "PBS_JOBID": "PBS", "LSB_JOBID": "LSF"}
@@ -87,7 +90,10 @@ def start_shipper(
             os.close(writing)
         with open(folder / "shipper.log", "ab", buffering=0, opener=_private) as log:
             process = _Detached(
-                [sys.executable, "-P", "-c", _MAIN, _PACKAGE_ROOT, json.dumps(_paths()), str(folder)],
+                [
+                    *(sys.executable, "-P", "-c", _MAIN, _PACKAGE_ROOT, json.dumps(_paths())),
+                    *(str(folder), *_manner(environ)),
+                ],
                 stdin=reading,
                 stdout=log,
                 stderr=log,
@@ -113,6 +119,11 @@ def _paths() -> list[str]:
         and not path.rstrip(os.sep).endswith(_AUTO_INSTRUMENTATION)
     ]
     return found if sum(map(len, found)) < _LONGEST_PATHS else []
+
+
+def _manner(environ: Mapping[str, str]) -> list[str]:
+    """How the shipper is to live: an "orphan" where a child of this process would be killed with it."""
+    return ["orphan"] if environ.get(_KILLS_CHILDREN) else []
 
 
 def _fill(pipe: int, line: bytes) -> None:

@@ -248,3 +248,34 @@ def test_workers_that_come_and_go_by_the_hundred_leave_no_descriptor_behind(
     assert sorted(point.iteration for point in otlp_sink.points("many") if point.name == "child") == list(range(count))
     assert int(done.stdout) < 100
     record_property("workers", count)
+
+
+WORKER = """
+import os, sys, tracelet
+exp = tracelet.start_logging(exp_name="worker", project="fork", backend="otlp")
+for step in range(100):
+    exp.log_metric("loss", step, iteration=step)
+print(exp.id, flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_where_a_launcher_kills_the_children_of_its_workers_the_shipper_is_none_of_them(
+    tmp_path: Path, clean_environment: Path, otlp_sink: HttpSink
+) -> None:
+    # As Ray does at the end of a worker process; what it does for real: tests/trainers/test_ray.py.
+    environ = {"RAY_RAYLET_PID": "4242", "OTEL_EXPORTER_OTLP_ENDPOINT": otlp_sink.url}
+    with started(tmp_path, WORKER, **environ) as worker:
+        run_id = said(worker)
+        folder = folder_of(clean_environment, run_id)
+        until(lambda: shipper_alive(folder) is not None, 60)
+        shipper = shipper_alive(folder)
+        assert shipper is not None
+        stat = Path(f"/proc/{shipper}/stat").read_text()
+        parent, group, session = map(int, stat.rpartition(")")[2].split()[1:4])
+        assert parent != worker.pid
+        assert os.getpgid(worker.pid) != group
+        assert os.getsid(worker.pid) != session
+        worker.kill()
+    until(lambda: otlp_sink.ends(run_id) == ["KILLED"], 60)
+    assert len(otlp_sink.points(run_id)) == 100

@@ -129,6 +129,19 @@ def test_a_restart_by_the_launcher_is_the_next_attempt_of_the_run(here: Path, cl
     assert len(read(folder_of(clean_environment, run_id)).values("loss")) == 300
 
 
+def test_a_restart_that_another_node_has_counted_is_the_next_attempt_here_too(
+    here: Path, clean_environment: Path
+) -> None:
+    # Ranks 0 and 1 of four, started by one agent three times; the second failure alone was one of this node.
+    before, after = (launches.torchrun(4, rdzv_id="100", address="node-0", here=2, restarts=count) for count in (0, 1))
+    (run_id,) = runs(launch(here, before, before, after))
+    attempts = manifest_of(clean_environment, run_id).attempts
+    assert [(attempt.number, sorted(attempt.extra["launch"]["ranks"])) for attempt in attempts] == [
+        (number, ["0", "1"]) for number in (1, 2, 3)
+    ]
+    assert len(read(folder_of(clean_environment, run_id)).values("loss")) == 300
+
+
 def test_a_restart_with_more_ranks_and_no_count_joins_nobody(here: Path) -> None:
     # torchrun does not count restarts for a change of members.
     found = launch(here, launches.torchrun(2), launches.torchrun(3))
@@ -168,8 +181,11 @@ def test_ranks_behind_wrapper_scripts_find_one_another(here: Path) -> None:
     assert len({json.loads(line)["run"] for line in out.splitlines()}) == 1
 
 
-def test_a_second_run_in_each_process_and_programs_that_ranks_start_are_runs_of_their_own(here: Path) -> None:
-    found = launch(here, launches.torchrun(2), arguments=["twice", "child"])
+@pytest.mark.parametrize("workers", [launches.torchrun(2), launches.torchrun(4, address="node-0", here=2)])
+def test_a_second_run_in_each_process_and_programs_that_ranks_start_are_runs_of_their_own(
+    here: Path, workers: launches.Environs
+) -> None:
+    found = launch(here, workers, arguments=["twice", "child"])
     assert sorted([one["run"] for one in found].count(run) for run in runs(found)) == [2, 2, 2]
 
 

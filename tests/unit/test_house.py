@@ -93,7 +93,10 @@ exp.stop()
     assert [name for name in loaded if name.startswith(heavy)] == []
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "tests" / "crash").glob("test_*.py")), ids=lambda path: path.stem)
+KILLS = [path for folder in ("crash", "trainers") for path in sorted((ROOT / "tests" / folder).glob("test_*.py"))]
+
+
+@pytest.mark.parametrize("path", KILLS, ids=lambda path: path.stem)
 def test_a_crash_test_says_its_pattern_and_its_limit_in_time(path: Path) -> None:
     said = ast.get_docstring(ast.parse(path.read_text())) or ""
     assert "Pattern: " in said

@@ -32,6 +32,10 @@ class _Taken(Exception):
     """This start belongs to a later launch than the attempt that has its key."""
 
 
+class _Restarted(Exception):
+    """This start belongs to the launch of the attempt that has its key, and to a later start of all its workers."""
+
+
 def claim(
     settings: Settings,
     *,
@@ -47,6 +51,9 @@ def claim(
     A run of several processes is named by what each of them knows. Should two launches know the same, the second is
     seen by its place being taken, since a rank starts only once in an attempt: it is then another *generation* of the
     same facts, and a run of its own. Only the launcher's word that it has restarted everything opens a run again.
+
+    torchrun gives that word on the node where a worker has failed; on the launch's other nodes all are started again
+    as well, with the old count. There the word is that the same agent has another worker in the same place.
 
     Raises:
         ConfigError: a `run_id` that can't be one.
@@ -73,6 +80,10 @@ def claim(
             try:
                 mine = dataclasses.replace(attempt, key=key)
                 return _put(settings, run_id, mine, launch, derived=given is None)
+            except _Restarted:
+                *requeued, count = launch.restarts
+                launch = dataclasses.replace(launch, restarts=(*requeued, count + 1))
+                continue
             except _Taken:
                 pass
         generation += 1
@@ -96,6 +107,8 @@ def _put(settings: Settings, run_id: str, attempt: store.Attempt, launch: Launch
         nonlocal put
         known = [*([] if before is None else [before]), *_manifests(folder.parent, but=folder)]
         same = [one for one in (manifest.attempt(attempt.key) for manifest in known) if one is not None]
+        if launch is not None and _is_restarted(same, launch):
+            raise _Restarted
         if launch is not None and _is_taken(known, same, launch, derived=derived):
             raise _Taken
         here = None if before is None else before.attempt(attempt.key)
@@ -113,13 +126,31 @@ def _put(settings: Settings, run_id: str, attempt: store.Attempt, launch: Launch
 
 def _with(attempt: store.Attempt, launch: Launch) -> dict[str, Any]:
     """What an attempt's entry says of its launch, with this process's rank among those that have started here."""
-    ranks = attempt.extra.get("launch", {}).get("ranks", {})
-    return {
+    before = attempt.extra.get("launch", {})
+    found = {
         "world": launch.world,
         "restarts": list(launch.restarts),
         "all_here": launch.all_here,
-        "ranks": {**ranks, str(launch.rank): os.getpid()},
+        "ranks": {**before.get("ranks", {}), str(launch.rank): os.getpid()},
     }
+    if launch.place is not None:
+        agents = before.get("agents", {})
+        workers = agents.get(launch.place.agent, {})
+        found["agents"] = {
+            **agents,
+            launch.place.agent: {**workers, str(launch.place.local_rank): launch.place.worker},
+        }
+    return found
+
+
+def _is_restarted(same: Sequence[store.Attempt], launch: Launch) -> bool:
+    """Whether the agent that launched this process had another worker in its place, in an attempt with this key."""
+    place = launch.place
+    if place is None:
+        return False
+    agents = [one.extra.get("launch", {}).get("agents", {}) for one in same]
+    workers = [one.get(place.agent, {}).get(str(place.local_rank)) for one in agents]
+    return any(worker not in (None, place.worker) for worker in workers)
 
 
 def _is_taken(known: Sequence[store.Manifest], same: Sequence[store.Attempt], launch: Launch, *, derived: bool) -> bool:

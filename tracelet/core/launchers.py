@@ -2,9 +2,9 @@
 
 Variables are taken as the launchers set them:
 
-* torchrun (torch.distributed.elastic, `LocalElasticAgent._start_workers`), and whatever else speaks its language (Ray
-  Train, DeepSpeed, Accelerate, a shell loop): `RANK` and `WORLD_SIZE`, with `MASTER_ADDR`, `MASTER_PORT`, and from
-  torchrun `LOCAL_WORLD_SIZE`, `TORCHELASTIC_RUN_ID` and `TORCHELASTIC_RESTART_COUNT`;
+* torchrun (torch.distributed.elastic), and whatever else speaks its language (Ray Train, DeepSpeed, Accelerate, a shell
+  loop): `RANK` and `WORLD_SIZE`, with `MASTER_ADDR`, `MASTER_PORT`, and from torchrun `LOCAL_RANK`, `LOCAL_WORLD_SIZE`,
+  `TORCHELASTIC_RUN_ID` and `TORCHELASTIC_RESTART_COUNT` (which each node counts for itself: only its own failures);
 * mpirun of OpenMPI: `OMPI_COMM_WORLD_RANK` and `OMPI_COMM_WORLD_SIZE`, with `OMPI_COMM_WORLD_LOCAL_SIZE` and the names
   that its daemons have for the launch; mpirun of MPICH and what is made of it (Hydra): `PMI_RANK` and `PMI_SIZE`, which
   `srun --mpi=pmi2` sets as well, with `MPI_LOCALNRANKS`, which only Hydra sets;
@@ -12,9 +12,10 @@ Variables are taken as the launchers set them:
   and step. Never `SLURM_NTASKS`, which every shell of `salloc` has, nor what a batch script has of its own. Not beside
   mpirun's: in a job over several nodes mpirun starts a daemon on each by srun, and srun's numbers are the daemons'.
 
-None of them tells two launches apart by itself: `--rdzv-id=100` and port 29500 are in everybody's scripts, Ray counts
-its jobs from 1 in each cluster, a step is numbered within its job, Hydra has no name for a launch. So all there is goes
-into the launch's identity, and where all its processes are on this machine, the process that launched them too.
+None of them tells two launches apart by itself: `--rdzv-id=100` and port 29500 are in everybody's scripts, a step is
+numbered within its job, Hydra has no name for a launch. So all there is goes into the launch's identity, and where all
+its processes are on this machine, the process that launched them too. Not Ray's `RAY_JOB_ID`: a worker process that Ray
+had started before it was needed has `ffffffff` there, and its neighbour in the same group the job's number.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Launch", "launcher_process", "read"]
+__all__ = ["Launch", "Parentage", "parentage", "read"]
 
 _HERE = frozenset({"localhost", "127.0.0.1", "::1"})
 _OF_ONE_RANK = ("RANK", "WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
@@ -40,15 +41,32 @@ class Launch:
     rank: int
     world: int
     identity: tuple[str, ...]  # the same in each of its processes, and through restarts; another launch's differs
-    restarts: tuple[int, ...]  # how often the launcher has started all of it again
+    restarts: tuple[int, ...]  # how often the launcher has started all of it again, as it tells this process
     all_here: bool  # every process of it runs on this machine
+    place: Place | None = None  # where torchrun's agent counts only its own node's failures
 
 
-def read(environ: Mapping[str, str], launcher: Callable[[Mark], str | None]) -> Launch | None:
+@dataclass(frozen=True, slots=True)
+class Parentage:
+    """Two processes above this one, each by its pid and when it started, in this boot of this machine."""
+
+    launcher: str  # what launched this rank
+    worker: str  # what it launched: this process, or a wrapper script around it
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Which worker of which of torchrun's agents this is: another one in the same place is there after a restart."""
+
+    agent: str
+    local_rank: int
+    worker: str
+
+
+def read(environ: Mapping[str, str], above: Callable[[Mark], Parentage | None]) -> Launch | None:
     """The launch this process belongs to; None for a process by itself, or where the variables make no sense.
 
-    `launcher` names the process that launched this one, if it can be known, by what this rank alone has; asked only for
-    a launch on one machine.
+    `above` names the process that launched this one, if it can be known, by what this rank alone has.
     """
     # In a step every process has them; beside one, a batch script has some that its ranks on other nodes don't.
     names = ("SLURM_CLUSTER_NAME", "SLURM_JOB_ID", "SLURM_STEP_ID") if environ.get("SLURM_STEP_ID") else ()
@@ -57,7 +75,7 @@ def read(environ: Mapping[str, str], launcher: Callable[[Mark], str | None]) -> 
     place = _place(environ, "RANK", "WORLD_SIZE")
     if place is None:
         if _by_mpirun(environ):
-            return _mpirun(environ, launcher, job, requeued)
+            return _mpirun(environ, above, job, requeued)
         place = _place(environ, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
         if place is None:
             return None
@@ -65,18 +83,24 @@ def read(environ: Mapping[str, str], launcher: Callable[[Mark], str | None]) -> 
         return Launch(*place, ("srun", *job), (requeued,), all_here)
     elastic = environ.get("TORCHELASTIC_RUN_ID")
     if elastic is None and _by_mpirun(environ):
-        launch = _mpirun(environ, launcher, job, requeued)
+        launch = _mpirun(environ, above, job, requeued)
         if launch is not None and place == (launch.rank, launch.world):
             return launch  # RANK was set from mpirun's number, as torch's scripts do, and mpirun says more
     master = (environ.get("MASTER_ADDR", ""), environ.get("MASTER_PORT", ""))
-    all_here = _number(environ, "LOCAL_WORLD_SIZE") == place[1] or master[0] in _HERE
-    by = launcher({name: environ.get(name) for name in _OF_ONE_RANK}) if all_here else None
+    local = _number(environ, "LOCAL_WORLD_SIZE")
+    # Two agents may well call the master "localhost": both are on one machine, or its /etc/hosts has it for its name.
+    all_here = master[0] in _HERE if local is None else local == place[1]
+    by = above({name: environ.get(name) for name in _OF_ONE_RANK}) if all_here or elastic is not None else None
+    here = by.launcher if all_here and by is not None else ""
     kind = "ray" if environ.get("RAY_JOB_ID") else "env" if elastic is None else "torchrun"
-    what = environ.get("RAY_JOB_ID", "") if elastic is None else elastic
-    if elastic is not None and by is not None:
+    if elastic is not None and here:
         master = ("", "")  # its port may change at each restart, and the agent's process says more
-    identity = (kind, *job, what, *master, by or "")
-    return Launch(*place, identity, (requeued, _number(environ, "TORCHELASTIC_RESTART_COUNT") or 0), all_here)
+    identity = (kind, *job, elastic or "", *master, here)
+    restarts = (requeued, _number(environ, "TORCHELASTIC_RESTART_COUNT") or 0)
+    spot = None
+    if elastic is not None and not all_here and by is not None:
+        spot = Place(by.launcher, _number(environ, "LOCAL_RANK") or 0, by.worker)
+    return Launch(*place, identity, restarts, all_here, spot)
 
 
 def _by_mpirun(environ: Mapping[str, str]) -> bool:
@@ -85,7 +109,7 @@ def _by_mpirun(environ: Mapping[str, str]) -> bool:
 
 def _mpirun(
     environ: Mapping[str, str],
-    launcher: Callable[[Mark], str | None],
+    above: Callable[[Mark], Parentage | None],
     job: tuple[str, ...],
     requeued: int,
 ) -> Launch | None:
@@ -96,7 +120,8 @@ def _mpirun(
     if place is None:
         return None
     all_here = _number(environ, "OMPI_COMM_WORLD_LOCAL_SIZE" if openmpi else "MPI_LOCALNRANKS") == place[1]
-    by = launcher({name: environ.get(name) for name in _OF_ONE_MPI_RANK}) if all_here else None
+    parents = above({name: environ.get(name) for name in _OF_ONE_MPI_RANK}) if all_here else None
+    by = None if parents is None else parents.launcher
     if openmpi:
         # Not the job: the ranks beside mpirun have no step, those on other nodes have their daemons'.
         called = tuple(environ.get(name, "") for name in ("PMIX_NAMESPACE", "OMPI_MCA_orte_hnp_uri"))
@@ -118,18 +143,19 @@ def _number(environ: Mapping[str, str], name: str) -> int | None:
     return int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else None
 
 
-def launcher_process(mine: Mark, proc: Path = Path("/proc")) -> str | None:
-    """The process that launched this rank: its pid and when it started, in this boot of this machine. None: unknown.
+def parentage(mine: Mark, proc: Path = Path("/proc")) -> Parentage | None:
+    """Who launched this rank, and what: by pid and start, in this boot of this machine. None: unknown.
 
-    It is the nearest process above that is not of this rank itself, as a wrapper script is: all ranks of a launch on
-    one machine have it in common, and through its restarts it stays.
+    The launcher is the nearest process above that is not of this rank itself, as a wrapper script is: all ranks of a
+    launch on one machine have it in common, and through its restarts it stays.
     """
     try:
         boot = (proc / "sys/kernel/random/boot_id").read_text().strip()
-        pid = os.getppid()
+        worker, pid = os.getpid(), os.getppid()
         while pid > 1 and _same_rank(proc / str(pid), mine):
-            pid = int(_stat(proc / str(pid))[1])
-        return f"{boot}/{pid}/{_stat(proc / str(pid))[19]}"
+            worker, pid = pid, int(_stat(proc / str(pid))[1])
+        launcher, launched = (f"{boot}/{one}/{_stat(proc / str(one))[19]}" for one in (pid, worker))
+        return Parentage(launcher, launched)
     except (OSError, ValueError, IndexError):
         return None  # no /proc (macOS), or a parent that has just gone
 

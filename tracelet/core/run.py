@@ -91,7 +91,7 @@ class Run:
         now = time.time_ns()
         launch = None
         if settings.ranks != "separate":
-            launch = launchers.read(settings.environ, launchers.launcher_process)
+            launch = launchers.read(settings.environ, launchers.parentage)
         start = process.starts_of(settings.project, settings.experiment_name)
         place = claim.claim(settings, destinations=destinations, now=now, launch=launch, start=start)
         process.count_start(settings.project, settings.experiment_name)

@@ -28,8 +28,13 @@ DRAIN_S = 25.0
 
 
 def main(argv: Sequence[str], *, build: Build | None = None) -> int:
-    """Ship the folder `argv[0]`: 0 when all is delivered or another shipper serves it, 1 when something is left."""
+    """Ship the folder `argv[0]`: 0 when all is delivered or another shipper serves it, 1 when something is left.
+
+    With `argv[1]` "orphan" that is done by a process whose parent is init: somebody kills the children of training.
+    """
     parent = _hold_parent()  # first of all: a short run is over before the imports below are through
+    if argv[1:] == ["orphan"]:
+        _become_orphan()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for training; what it logged still has to leave
     folder = Path(argv[0])
     secrets = _read_secrets()
@@ -50,6 +55,16 @@ def main(argv: Sequence[str], *, build: Build | None = None) -> int:
         return 1
     finally:
         lock.release()
+
+
+def _become_orphan() -> None:
+    """Go on in a child, and end: who looks for the children of training finds none.
+
+    The session stays, and with it what `setsid` was for. Until the child has the folder's lock nobody but training
+    itself knows of it, which may then start another shipper: that one sees the lock, and leaves.
+    """
+    if os.fork():
+        os._exit(0)
 
 
 def _serve(folder: Path, lock: Any, secrets: Mapping[str, Any], parent: tuple[int, int] | None, build: Any) -> int:

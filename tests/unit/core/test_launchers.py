@@ -8,11 +8,11 @@ from collections.abc import Mapping
 import pytest
 
 from tests import launches
-from tracelet.core.launchers import Launch, launcher_process, read
+from tracelet.core.launchers import Launch, Parentage, parentage, read
 
 
 def launch_of(environ: Mapping[str, str], by: str | None = None) -> Launch | None:
-    return read(environ, lambda _: by)
+    return read(environ, lambda _: None if by is None else Parentage(by, "boot/20/1"))
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,7 @@ def launch_of(environ: Mapping[str, str], by: str | None = None) -> Launch | Non
     [
         launches.torchrun(4),
         launches.torchrun(4, rdzv_id="100", address="node-0", here=2),
+        launches.torchrun(4, rdzv_id="100", address="localhost", here=2),
         launches.srun(4),
         launches.srun(4, nodes=2),
         launches.ray(4),
@@ -110,6 +111,15 @@ def test_two_launches_never_know_the_same(
     assert first.identity != second.identity
 
 
+def test_two_agents_on_one_machine_are_one_launch_also_where_the_master_is_localhost() -> None:
+    workers = launches.torchrun(4, rdzv_id="100", address="localhost", here=2)
+    one, other = launch_of(workers[0], "boot/10/1"), launch_of({**workers[1], "RANK": "2"}, "boot/11/2")
+    assert one is not None
+    assert other is not None
+    assert one.identity == other.identity
+    assert not one.all_here
+
+
 def test_clusters_number_their_jobs_each_for_itself() -> None:
     (mine, _), (theirs, _) = launches.srun(2), launches.srun(2)
     theirs["SLURM_CLUSTER_NAME"] = "another"
@@ -146,6 +156,6 @@ def test_mpiruns_ranks_in_a_requeued_job_are_a_new_launch_by_openmpi_and_the_sam
 
 
 def test_the_launcher_is_the_parent_where_it_is_no_rank_itself() -> None:
-    found = launcher_process({"RANK": "0", "WORLD_SIZE": "2"})
+    found = parentage({"RANK": "0", "WORLD_SIZE": "2"})
     assert found is not None
-    assert found.split("/")[1] == str(os.getppid())
+    assert [one.split("/")[1] for one in (found.launcher, found.worker)] == [str(os.getppid()), str(os.getpid())]

@@ -1,4 +1,7 @@
-"""Tensors as values, on a GPU where there is one: converted once, never holding on to the graph, errors unchanged."""
+"""Tensors as values, on a GPU where there is one: converted once, never holding on to the graph, errors unchanged.
+
+test_tensors.py runs these tests by an interpreter that has PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,12 @@ import weakref
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.spooled import folder_of, read
 from tracelet.core.experiment import Experiment
 from tracelet.errors import InvalidValue
 
-torch = pytest.importorskip("torch", reason="needs PyTorch, which the project's environment does not install")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
