@@ -28,7 +28,7 @@ from tracelet.backends import OTLP, File, MLflow, Spec, to_destination
 from tracelet.spool import store
 from tracelet.spool.lease import shipper_alive
 
-EACH = 150
+EACH, AND_LATE = 90, 250  # together more than one batch of MLflow's, whose last has nothing but late steps
 Row = tuple[str, float, int]
 
 
@@ -41,14 +41,16 @@ def series(rank: int) -> list[Row]:
             ("rising", i + rank / 4, i),
             ("falling", -i - rank / 4, i),
             ("nan", math.nan, i + 1000 * rank),
-            ("late", 0.5 + rank, EACH - i),  # the highest step first: none raises the latest value
+            ("late", 0.5 + rank, EACH + AND_LATE - i),  # the highest step first: none raises the latest value
             ("constant", 1.0 + rank, 7),  # equal in all but the millisecond
         )
-    ]
+    ] + [("late", 0.5 + rank, AND_LATE - i) for i in range(AND_LATE)]
 
 
 ROWS = {0: series(0), 1: series(1)}
-EXPECTED = Counter(dict.fromkeys(("rising", "falling", "nan", "late", "constant"), 2 * EACH))
+EXPECTED = Counter(dict.fromkeys(("rising", "falling", "nan", "late", "constant"), 2 * EACH)) + Counter(
+    late=2 * AND_LATE
+)
 
 
 def folder_of(run_id: str, *specs: Spec, cwd: Path) -> Path:
