@@ -1,8 +1,8 @@
 """Training killed by SIGKILL, anywhere: every point whose call had returned arrives once, and the run is marked.
 
 Pattern: a real program tells through a pipe which calls have returned, and is killed from outside at a random moment,
-or by itself at a line of ours, one line after the other. Limit: two minutes a program. TRACELET_SOAK=1: 200 random
-kills instead of 20, and every line instead of every eighth.
+or by itself at a line of ours, one line after the other. Limit: two minutes a program, five for what it leaves to be
+shipped. TRACELET_SOAK=1: 200 random kills instead of 20, and every line instead of every twelfth.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def ship(folder: Path) -> None:
         [sys.executable, "-m", "tracelet", "ship", str(folder)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=1800 if SOAK else 300,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -259,8 +259,8 @@ def test_a_kill_at_any_line_of_start_roll_over_or_stop_loses_nothing_acknowledge
 ) -> None:
     monkeypatch.setenv("TRACELET_SHIPPER", "off")
     file = tmp_path / "out.jsonl"
-    lines = killed_at_lines(tmp_path, file, 1 if SOAK else 8, record_property)
-    assert sum(line["code"] != 0 for line in lines) > 80
+    lines = killed_at_lines(tmp_path, file, 1 if SOAK else 12, record_property)
+    assert sum(line["code"] != 0 for line in lines) > 50
     ship(clean_environment)
     look(clean_environment, file, lines)
 
