@@ -202,7 +202,7 @@ def test_a_shipper_killed_at_any_line_loses_and_doubles_nothing_and_the_next_one
     record_property("seed", seed)
     done = subprocess.run(
         [sys.executable, "-c", LINES, str(1 if SOAK else 24), str(seed), str(tmp_path)],
-        cwd=REPO, capture_output=True, text=True, timeout=1800 if SOAK else 120, check=False,
+        cwd=REPO, capture_output=True, text=True, timeout=3600 if SOAK else 120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     killed = [json.loads(line) for line in done.stdout.splitlines()]
