@@ -53,6 +53,53 @@ def test_programs_that_start_as_the_shipper_leaves_are_all_delivered(otlp_sink: 
     assert Counter(name for name, _, _ in points) == {f"m{number}": 200 for number in range(12)}
 
 
+LEAVING = """
+import subprocess, sys
+from tracelet.shipper import process
+from tracelet.shipper.shipment import Shipment
+left, serve, is_complete = -1, process._serve.__code__, Shipment.is_complete.__code__
+
+def watch(frame, event, arg):
+    global left
+    if frame.f_code is is_complete and frame.f_back.f_code is serve:
+        if event == "return" and arg and left < 0:
+            left = int(sys.argv[2])
+    elif frame.f_code is not serve:
+        return None
+    elif event == "line" and left >= 0:
+        if left == 0:
+            subprocess.run(sys.argv[3:], check=True, timeout=60)
+            sys.settrace(None)
+        left -= 1
+    return watch
+
+sys.settrace(watch)
+sys.exit(process.main([sys.argv[1]]))
+"""
+
+
+def test_a_program_that_comes_and_goes_at_any_line_of_the_shippers_leaving_is_delivered(
+    otlp_sink: HttpSink, clean_environment: Path
+) -> None:
+    """A whole second start between two lines: while the lock is held it leaves its data to who holds it."""
+    environ = {**os.environ, "OTEL_EXPORTER_OTLP_ENDPOINT": otlp_sink.url}
+    leaving = []
+    for number in range(6):
+        run_id = f"leaving-{number}"
+        assert start(otlp_sink, run_id, "first", 20, TRACELET_SHIPPER="off").wait(LIMIT_S) == 0
+        second = [sys.executable, "-c", TRAIN, run_id, "second", "20"]
+        words = [sys.executable, "-c", LEAVING, str(store.run_folder(clean_environment, run_id)), str(number), *second]
+        leaving.append(subprocess.Popen(words, env=environ))
+    for shipper in leaving:
+        assert shipper.wait(LIMIT_S) == 0
+    for number in range(6):
+        run_id = f"leaving-{number}"
+        until(lambda run_id=run_id: otlp_sink.ends(run_id) == ["FINISHED"] * 2, LIMIT_S)
+        points = stored(otlp_sink, run_id)
+        assert set(points.values()) == {1}
+        assert Counter(name for name, _, _ in points) == {"first": 20, "second": 20}
+
+
 def test_two_programs_with_one_id_at_once_are_two_attempts_of_one_run(otlp_sink: HttpSink) -> None:
     programs = [start(otlp_sink, "twins", f"m{number}", 5000) for number in range(4)]
     for program in programs:

@@ -1,8 +1,8 @@
 """Training killed by SIGKILL, anywhere: every point whose call had returned arrives once, and the run is marked.
 
 Pattern: a real program tells through a pipe which calls have returned, and is killed from outside at a random moment,
-or by itself at a line of ours, one line after the other. Limit: two minutes a program. TRACELET_SOAK=1: 200 random
-kills instead of 20, and every seventh line or so instead of every fiftieth.
+or by itself at a line of ours, one line after the other. Limit: two minutes a program, five for what it leaves to be
+shipped. TRACELET_SOAK=1: 200 random kills instead of 20, and every line instead of every twelfth.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def ship(folder: Path) -> None:
         [sys.executable, "-m", "tracelet", "ship", str(folder)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=1800 if SOAK else 300,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -141,29 +141,33 @@ def test_all_that_was_acknowledged_outlives_a_kill_at_a_random_moment(
     record_property("points acknowledged, none lost", acknowledged)
 
 
-# A child for each line: warm from its parent, it lives for a few milliseconds.
+# A child for each line: warm from its parent, it lives for a few milliseconds. The first one is not killed, and tells
+# which lines there are; of what a line does many times over, any time may be the one.
 LINES = """
-import json, os, signal, sys
+import json, os, pathlib, random, signal, sys
+from collections import Counter
 import tracelet
 from tracelet.core import artifacts, claim, delivery, experiment, run, values
 from tracelet.spool import files, writer
 writer.Writer.__init__.__kwdefaults__["slots_per_segment"] = 64  # rolls come soon
 
-at, step, where = 0, int(sys.argv[1]), sys.argv[3:] or [os.path.dirname(tracelet.__file__)]
+every, seed, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+where = tuple(sys.argv[4:] or [os.path.dirname(tracelet.__file__)])
+chance, lines = random.Random(seed), Counter()
 
 def watch(frame, event, arg):
-    global left
-    if not frame.f_code.co_filename.startswith(tuple(where)):
+    if not frame.f_code.co_filename.startswith(where):
         return None
     if event == "line":
-        left -= 1
-        if left < 0:
+        line = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        lines[line] += 1
+        if lines[line] == times and line == last:
             os.kill(os.getpid(), signal.SIGKILL)
     return watch
 
-def scenario(told):
-    exp = tracelet.start_logging(exp_name="lines", project="kills", backend=tracelet.File(sys.argv[2]),
-                                 run_id=f"line-{at}", tags={"a": "b"})
+def scenario(run_id, told):
+    exp = tracelet.start_logging(exp_name="lines", project="kills", backend=tracelet.File(out), run_id=run_id,
+                                 tags={"a": "b"})
     for i in range(150):
         exp.log_metric(f"m{i % 7}", i, iteration=i)
         os.write(told, b".")
@@ -172,14 +176,14 @@ def scenario(told):
     tracelet.stop_logging()
     os.write(told, b"e")
 
-while True:
+def one(run_id):
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        left = at
         sys.settrace(watch)
-        scenario(writing)
+        scenario(run_id, writing)
         sys.settrace(None)
+        pathlib.Path("lines.json").write_text(json.dumps(lines))
         os._exit(0)
     os.close(writing)
     told = b""
@@ -189,11 +193,32 @@ while True:
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
     assert code in (0, -signal.SIGKILL), code
-    print(json.dumps({"at": at, "told": told.decode(), "code": code}), flush=True)
-    if code == 0:
-        break
-    at += step
+    print(json.dumps({"run": run_id, "at": last, "time": times, "told": told.decode(), "code": code}), flush=True)
+
+last, times = "", 0
+one("line-none")
+found = json.loads(pathlib.Path("lines.json").read_text())
+for number, last in enumerate(sorted(found)[chance.randrange(every)::every]):
+    times = 1 + chance.randrange(found[last])
+    one(f"line-{number}")
 """
+
+
+def killed_at_lines(
+    tmp_path: Path, file: Path, every: int, record_property: Callable[[str, object], None], *where: str
+) -> list[dict[str, Any]]:
+    """What became of a program killed at each `every`th line; with 1, at each line there is."""
+    seed = time.time_ns()
+    record_property("seed", seed)
+    done = subprocess.run(
+        [sys.executable, str(written(tmp_path, LINES)), str(every), str(seed), str(file), *where],
+        cwd=tmp_path, capture_output=True, text=True, timeout=1800 if SOAK else 120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines: list[dict[str, Any]] = [json.loads(line) for line in done.stdout.splitlines()]
+    assert lines[0]["told"] == "." * 150 + "pe"
+    record_property("kills at a line", sum(line["code"] != 0 for line in lines))
+    return lines
 
 
 def points_of(path: Path) -> dict[str, Counter[int]]:
@@ -213,6 +238,19 @@ def points_of(path: Path) -> dict[str, Counter[int]]:
     return found
 
 
+def roots_of(path: Path) -> dict[str, dict[str, Any]]:
+    """The attributes of each run's root span in a file, by run id."""
+    found: dict[str, dict[str, Any]] = {}
+    for line in path.read_text().splitlines():
+        for resource in json.loads(line).get("resourceSpans", []):
+            named = {a["key"]: a["value"].get("stringValue") for a in resource["resource"]["attributes"]}
+            for scope in resource["scopeSpans"]:
+                for span in scope["spans"]:
+                    assert named["tracelet.run.id"] not in found, "a second end"
+                    found[str(named["tracelet.run.id"])] = {a["key"]: a["value"] for a in span["attributes"]}
+    return found
+
+
 def test_a_kill_at_any_line_of_start_roll_over_or_stop_loses_nothing_acknowledged_and_can_be_shipped(
     tmp_path: Path,
     clean_environment: Path,
@@ -220,17 +258,9 @@ def test_a_kill_at_any_line_of_start_roll_over_or_stop_loses_nothing_acknowledge
     record_property: Callable[[str, object], None],
 ) -> None:
     monkeypatch.setenv("TRACELET_SHIPPER", "off")
-    script, file = written(tmp_path, LINES), tmp_path / "out.jsonl"
-    chance = random.Random(time.time_ns())
-    step = chance.randrange(*(5, 9) if SOAK else (40, 60))
-    done = subprocess.run(
-        [sys.executable, str(script), str(step), str(file)],
-        cwd=tmp_path, capture_output=True, text=True, timeout=1800 if SOAK else 120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(lines) > 50
-    record_property("kills at a line", len(lines))
+    file = tmp_path / "out.jsonl"
+    lines = killed_at_lines(tmp_path, file, 1 if SOAK else 12, record_property)
+    assert sum(line["code"] != 0 for line in lines) > 50
     ship(clean_environment)
     look(clean_environment, file, lines)
 
@@ -238,17 +268,10 @@ def test_a_kill_at_any_line_of_start_roll_over_or_stop_loses_nothing_acknowledge
 def test_a_kill_at_any_line_that_starts_or_awaits_the_shipper_leaves_nothing_undelivered(
     tmp_path: Path, clean_environment: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    script, file = written(tmp_path, LINES), tmp_path / "out.jsonl"
-    step = random.Random(time.time_ns()).randrange(*(2, 4) if SOAK else (15, 25))
+    file = tmp_path / "out.jsonl"
     where = [launch.__file__, delivery.__file__, process.__file__]
-    done = subprocess.run(
-        [sys.executable, str(script), str(step), str(file), *where],
-        cwd=tmp_path, capture_output=True, text=True, timeout=1800 if SOAK else 120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(lines) > 8
-    record_property("kills at a line", len(lines))
+    lines = killed_at_lines(tmp_path, file, 1 if SOAK else 12, record_property, *where)
+    assert sum(line["code"] != 0 for line in lines) > 5
     # Where a shipper was started it delivers all by itself; who died before that one is shipped afterwards.
     until(lambda: all(shipper_alive(folder) is None for folder in clean_environment.glob("*/*")), 90)
     ship(clean_environment)
@@ -257,9 +280,9 @@ def test_a_kill_at_any_line_that_starts_or_awaits_the_shipper_leaves_nothing_und
 
 def look(spool: Path, file: Path, lines: list[dict[str, Any]]) -> None:
     """What each child told arrived once, and its run has the end that it can have."""
-    found = points_of(file)
+    found, roots = points_of(file), roots_of(file)
     for line in lines:
-        run_id, told = f"line-{line['at']}", line["told"]
+        run_id, told = line["run"], line["told"]
         points = found.get(run_id, Counter())
         assert set(range(told.count("."))) <= points.keys(), line
         assert len(points) <= told.count(".") + 1, line
@@ -273,6 +296,10 @@ def look(spool: Path, file: Path, lines: list[dict[str, Any]]) -> None:
         ]
         if "." in told:
             assert ends in (["KILLED"], ["FINISHED"]), line
+            assert roots[run_id]["tracelet.run.state"]["stringValue"] == ends[0], line
+            assert roots[run_id]["tracelet.tag.a"] == {"stringValue": "b"}, line
+        if "p" in told:
+            assert roots[run_id]["tracelet.param.late"] == {"intValue": "1"}, line
         if "e" in told:
             assert ends == ["FINISHED"], line
         elif "p" not in told:
@@ -293,8 +320,13 @@ while True:
 
 @pytest.mark.parametrize(
     ("seldom", "pause"),
-    [("exp.set_iteration(step)", 0.05), ("exp.set_tags({'at': str(step)})", 0.05), ("pass", 0.00001)],
-    ids=["iterations", "records", "full segments"],
+    [
+        ("exp.set_iteration(step)", 0.05),
+        ("exp.set_tags({'at': str(step)})", 0.05),
+        ("exp.log_metric(f'new{step}', 0, iteration=0)", 0.05),
+        ("pass", 0.00001),
+    ],
+    ids=["iterations", "records", "new names", "full segments"],
 )
 def test_a_shipper_killed_while_training_goes_on_is_replaced_meanwhile(
     sink: HttpSink, clean_environment: Path, seldom: str, pause: float
@@ -316,5 +348,5 @@ def test_a_shipper_killed_while_training_goes_on_is_replaced_meanwhile(
         program.kill()
         program.wait()
     until(lambda: shipper_alive(folder) is None, 60)
-    found = {(point.iteration, point.time_unix_nano) for point in sink.points(run_id)}
+    found = {(point.iteration, point.time_unix_nano) for point in sink.points(run_id) if point.name == "loss"}
     assert sorted(iteration for iteration, _ in found) == list(range(len(found)))

@@ -223,6 +223,27 @@ def test_what_an_object_had_not_taken_goes_to_it_at_the_next_start(tmp_path: Pat
     assert "not delivered" not in done.stderr
 
 
+def test_the_end_of_the_program_waits_for_an_object_that_takes_its_time(tmp_path: Path) -> None:
+    """Longer than for a shipper that goes on by itself: this one ends with the program."""
+    code = """
+from tracelet.core import delivery
+delivery.OUTLIVED_WAIT_S = 0.1
+class Slow(InMemoryMetrics):
+    def export(self, data, timeout_millis=10_000, **more):
+        time.sleep(0.7)
+        return super().export(data)
+slow = Slow()
+exp = begin(slow)
+for i in range(12_000):
+    exp.log_metric("loss", float(i), iteration=i)
+exp.stop()
+say(points=len(slow.points))
+"""
+    (said,), done = run(code, tmp_path)
+    assert said["points"] == 12_000
+    assert "not delivered" not in done.stderr
+
+
 def test_a_killed_program_leaves_it_in_the_spool_and_the_shipper_serves_the_rest(tmp_path: Path) -> None:
     """Nor does a shipper that has delivered everything else, and keeps nothing, clear it away; nor does `prune`."""
     code = (

@@ -130,6 +130,25 @@ def test_a_destination_that_is_named_after_the_run_gets_what_prune_and_the_keep_
     assert not folder.exists()
 
 
+def test_prune_undelivered_leaves_a_run_that_is_being_shipped(
+    tmp_path: Path, clean_environment: Path, otlp_sink: HttpSink
+) -> None:
+    otlp_sink.rule = lambda _: Say(status=503)
+    code = PROGRAM.replace("sys.stdin.readline()\n", "").replace("timeout=20", "timeout=0")
+    done = subprocess.run(
+        [sys.executable, "-c", code, otlp_sink.url], cwd=tmp_path, capture_output=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    folder = folder_of(clean_environment)
+    shipper = until(lambda: shipper_alive(folder), 60)
+    refused = tracelet("prune", "--undelivered", folder.parent.name, "--yes")
+    assert refused.returncode == 1
+    assert f"is being shipped by process {shipper}: stop it first; not deleted" in refused.stderr
+    otlp_sink.rule = None
+    until(lambda: shipper_alive(folder) is None, 60)
+    assert sorted(point.iteration for point in otlp_sink.points()) == list(range(200_000))
+
+
 def test_an_undelivered_run_waits_whatever_keep_says_and_goes_when_it_is_delivered(
     tmp_path: Path, clean_environment: Path
 ) -> None:

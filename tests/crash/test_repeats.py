@@ -22,13 +22,14 @@ import pytest
 
 from tests.mortal_shipper import logged_by_ranks, ship_with_deaths
 from tests.servers import MlflowServer, Seen, Spoil, recording_proxy, rows_of
-from tests.sinks import GrpcSink, HttpSink, Sink, attributes
+from tests.sinks import GrpcSink, HttpSink, Sink, attributes, until
 from tracelet import ids
 from tracelet.backends import OTLP, File, MLflow, Spec, to_destination
 from tracelet.spool import store
 from tracelet.spool.lease import shipper_alive
 
-EACH = 150
+EACH, AND_LATE = 90, 250  # together more than one batch of MLflow's, whose last has nothing but late steps
+THEIRS = 1_000_000  # a step that nobody here logs
 Row = tuple[str, float, int]
 
 
@@ -41,14 +42,16 @@ def series(rank: int) -> list[Row]:
             ("rising", i + rank / 4, i),
             ("falling", -i - rank / 4, i),
             ("nan", math.nan, i + 1000 * rank),
-            ("late", 0.5 + rank, EACH - i),  # the highest step first: none raises the latest value
+            ("late", 0.5 + rank, EACH + AND_LATE - i),  # the highest step first: none raises the latest value
             ("constant", 1.0 + rank, 7),  # equal in all but the millisecond
         )
-    ]
+    ] + [("late", 0.5 + rank, AND_LATE - i) for i in range(AND_LATE)]
 
 
 ROWS = {0: series(0), 1: series(1)}
-EXPECTED = Counter(dict.fromkeys(("rising", "falling", "nan", "late", "constant"), 2 * EACH))
+EXPECTED = Counter(dict.fromkeys(("rising", "falling", "nan", "late", "constant"), 2 * EACH)) + Counter(
+    late=2 * AND_LATE
+)
 
 
 def folder_of(run_id: str, *specs: Spec, cwd: Path) -> Path:
@@ -158,6 +161,44 @@ def test_what_never_reached_mlflow_is_sent_again_in_the_same_bytes(tmp_path: Pat
     assert set(counts) == set(struck)
     assert set(counts.values()) == {2}
     rows = rows_of(mlflow_server, _mlflow_run(mlflow_server, run_id))
+    check_rows([(row.key, row.step, row.timestamp, repr(row.value), row.is_nan) for row in rows])
+
+
+@pytest.mark.parametrize("came", [True, False], ids=["arrived", "did not arrive"])
+def test_a_later_row_of_somebody_else_hides_neither_that_rows_arrived_nor_that_they_did_not(
+    came: bool, tmp_path: Path, mlflow_server: MlflowServer
+) -> None:
+    """Whoever asks MLflow for the latest step of a key then hears of a stranger's, and has to look for its own row."""
+    with recording_proxy(mlflow_server.uri) as proxy:
+        folder = folder_of(ids.new_run_id(), MLflow(proxy.uri), cwd=tmp_path)
+        struck: list[bytes] = []
+        theirs: list[str] = []
+
+        def rule(seen: Seen) -> Spoil:
+            if b'"metrics"' in seen.body and not struck:
+                struck.append(seen.body)
+                pid = shipper_alive(folder)
+                assert pid is not None
+                os.kill(pid, signal.SIGKILL)
+                return Spoil() if came else Spoil(forward=False, hang_up=True)
+            if struck and not theirs:
+                run_id = json.loads(struck[0])["run_id"]
+                if came:
+                    until(lambda: len(rows_of(mlflow_server, run_id, "rising")) > 1, 60)
+                theirs.append(run_id)
+                for key in ("rising", "falling", "nan", "late", "constant"):
+                    row = {"run_id": run_id, "key": key, "value": 0.0, "timestamp": 2**41, "step": THEIRS}
+                    mlflow_server.ask("runs/log-metric", row)
+            return Spoil()
+
+        proxy.rule = rule
+        (folder.parent / "seen").mkdir()
+        for number in range(1, 30):
+            (folder.parent / "seen" / str(number)).touch()  # the proxy strikes, not the journal
+        assert ship_with_deaths(folder, environ()) == 1
+        counts = Counter(seen.body for seen in proxy.calls("runs/log-batch") if b'"metrics"' in seen.body)
+    assert counts[struck[0]] == (1 if came else 2)
+    rows = [row for row in rows_of(mlflow_server, theirs[0]) if row.step != THEIRS]
     check_rows([(row.key, row.step, row.timestamp, repr(row.value), row.is_nan) for row in rows])
 
 

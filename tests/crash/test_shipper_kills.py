@@ -1,25 +1,32 @@
 """Real shippers and real programs, killed: nothing is lost, nothing arrives twice in effect, and the end is told.
 
-Pattern: a destination in a file that answers late; the shipper is killed between arrival and acknowledgement.
-Limit: a minute a test.
+Pattern: a destination in a file that answers late; the shipper is killed between arrival and acknowledgement, or by
+itself at a line of ours, one line after the other. Limit: two minutes a test; with TRACELET_SOAK=1 each line there is.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
 import subprocess
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.shipper_process import arrived, launch
+from tests.shipper_process import REPO, arrived, launch
 from tests.shipping import until
+from tracelet.shipper.deadletter import DeadLetters
 from tracelet.spool import store
+from tracelet.spool.cursor import Progress
 from tracelet.spool.lease import shipper_alive
+
+SOAK = os.environ.get("TRACELET_SOAK") == "1"
 
 
 @pytest.fixture
@@ -105,6 +112,114 @@ def test_shippers_killed_between_arrival_and_acknowledgement_lose_and_double_not
         times = [t // 1_000_000 for b in in_effect(file) for _, n, _, _, t in b["points"] if n == f"m{metric}"]
         assert times == sorted(set(times))
     assert [one["status"] for one in ends(file)] == ["FINISHED"]
+
+
+# As in tests/crash/test_kills.py: a child for each line, warm from its parent; the first one is not killed.
+LINES = """
+import json, os, pathlib, random, signal, shutil, sys, threading
+from collections import Counter
+import tracelet
+from tests.shipper_process import StoreFile
+from tests.shipping import add_attempt, end, open_writer, put, start
+from tracelet.exporters.base import Refusal, Rejected
+from tracelet.records import ParamsLogged
+from tracelet.shipper import deadletter, process, reship, shipment
+from tracelet.spool import store
+
+every, seed, home = int(sys.argv[1]), int(sys.argv[2]), pathlib.Path(sys.argv[3])
+where = tuple(os.path.join(os.path.dirname(tracelet.__file__), part) for part in ("shipper", "spool"))
+chance, lines = random.Random(seed), Counter()
+
+class Picky:
+    "It takes all but one point."
+    note = {}
+
+    def __init__(self, arriving, batch):
+        self.arriving, self.batch = arriving, batch
+
+    def attempt(self):
+        answer = self.arriving.attempt()
+        bad = [n for part in self.batch.parts for n in part.points.iterations if n == 77]
+        return Rejected(tuple(Refusal("point", "no", {"iteration": n}) for n in bad)) if bad else answer
+
+class Server(StoreFile):
+    max_points = 100
+
+    def begin(self, batch, note=None):
+        return Picky(super().begin(batch, note), batch)
+
+def watch(frame, event, arg):
+    if not frame.f_code.co_filename.startswith(where):
+        return None
+    if event == "line":
+        line = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        lines[line] += 1
+        if lines[line] == times and line == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return watch
+
+def shipped(name, mortal):
+    child = os.fork()
+    if child == 0:
+        if mortal:
+            threading.settrace(watch)
+            sys.settrace(watch)
+        code = process.main([str(home / name / "run" / "host")], build=lambda *_: Server(home / f"{name}.store"))
+        sys.settrace(None)
+        if not last:
+            (home / "lines.json").write_text(json.dumps(lines))
+        os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+folder = home / "made" / "run" / "host"
+attempt = add_attempt(folder, "a")
+writers = [open_writer(folder, attempt, role, slots_per_segment=64) for role in ("first", "child")]
+start(writers[0])
+for i in range(300):
+    writers[i % 2].log(f"m{i % 3}", float(i), i)
+put(writers[0], ParamsLogged(1, {"lr": 0.1}))
+for writer in writers:
+    end(writer)
+
+last, times = "", 0
+shutil.copytree(home / "made", home / "whole")
+code = shipped("whole", True)
+print(json.dumps({"name": "whole", "at": "", "codes": [code]}))
+found = json.loads((home / "lines.json").read_text())
+for number, last in enumerate(sorted(found)[chance.randrange(every)::every]):
+    times = 1 + chance.randrange(found[last])
+    name = f"at-{number}"
+    shutil.copytree(home / "made", home / name)
+    codes = [shipped(name, True), shipped(name, False)]
+    print(json.dumps({"name": name, "at": last, "time": times, "codes": codes}), flush=True)
+"""
+
+
+def test_a_shipper_killed_at_any_line_loses_and_doubles_nothing_and_the_next_one_finishes(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    seed = time.time_ns()
+    record_property("seed", seed)
+    done = subprocess.run(
+        [sys.executable, "-c", LINES, str(1 if SOAK else 24), str(seed), str(tmp_path)],
+        cwd=REPO, capture_output=True, text=True, timeout=3600 if SOAK else 120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    killed = [json.loads(line) for line in done.stdout.splitlines()]
+    record_property("shippers killed at a line", sum(-signal.SIGKILL in one["codes"] for one in killed))
+    assert sum(-signal.SIGKILL in one["codes"] for one in killed) > 20
+    for one in killed:
+        assert one["codes"][-1] == 0, one
+        assert set(one["codes"]) <= {0, -signal.SIGKILL}, one
+        file, folder = tmp_path / f"{one['name']}.store", tmp_path / one["name"] / "run" / "host"
+        assert sorted(values(file)) == [float(i) for i in range(300)], one
+        assert [end["status"] for end in ends(file)] == ["FINISHED"], one
+        assert [letter.facts for letter in DeadLetters(folder, "memory-a").waiting()] == [{"iteration": 77}], one
+        progress = Progress(folder)
+        progress.refresh()
+        there = progress.destinations["memory-a"]
+        assert (there.delivered, there.refused) == (299, 1), one
+        assert not list(folder.glob("*.points")), one  # all of it counts as delivered
 
 
 def test_a_killed_program_is_killed_at_once_with_every_point_that_was_logged(

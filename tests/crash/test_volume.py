@@ -124,15 +124,15 @@ def count(folder: Path) -> int:
 
 def test_very_many_names_arrive_and_memory_stays_where_it_is(tmp_path: Path, clean_environment: Path) -> None:
     out = tmp_path / "out.jsonl"
-    logged, shipped, samples = run(NAMED, str(NAMES), "6", str(out), cwd=tmp_path)
-    assert logged == shipped == 6 * NAMES
+    logged, shipped, samples = run(NAMED, str(NAMES), "12", str(out), cwd=tmp_path)
+    assert logged == shipped == 12 * NAMES
     assert isinstance(samples, list)
     for which in (0, 1):  # training, and the shipper
-        assert samples[-1][which] - samples[2][which] < 10_000_000 + 200 * NAMES
+        assert samples[-1][which] - samples[4][which] < 3_000_000 + 100 * NAMES  # flat from the fourth turn on
     folder = folder_of(clean_environment)
     until(lambda: shipper_alive(folder) is None, 60)
     arrived = delivered(out)
-    assert len(arrived) == len(set(arrived)) == 6 * NAMES
+    assert len(arrived) == len(set(arrived)) == 12 * NAMES
 
 
 @pytest.mark.parametrize("kind", ["server", "sqlite"])

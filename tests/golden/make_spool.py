@@ -149,6 +149,7 @@ def writer_of(folder: Path, attempt: store.Attempt, rank: int, *, role: str = "f
         semconv.RUN_ID: RUN,
         semconv.RUN_NAME: "a golden run",
         semconv.RUN_ATTEMPT: attempt.key,
+        semconv.ATTEMPT_ORDER: attempt.order,
         semconv.RANK: rank,
         semconv.RESOURCE_WIRE_VERSION: semconv.WIRE_VERSION,
         "host.name": "golden",
@@ -158,7 +159,7 @@ def writer_of(folder: Path, attempt: store.Attempt, rank: int, *, role: str = "f
         folder,
         role=role,
         opening=lambda actual: codec.encode(
-            WriterOpened(started + rank, actual, 4711 + rank, rank, attempt.key, started, resource, attempt.number)
+            WriterOpened(started + rank, actual, 4711 + rank, rank, attempt.key, started, resource)
         ),
         name_frame=lambda metric_id, name: codec.encode(MetricNamed(metric_id, name)),
         check_name=values.check_name,

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tracelet.shipper.shipment import Build, Outcome
+    from tracelet.spool.store import Manifest
 
 __all__ = ["main", "ship"]
 
@@ -81,20 +82,27 @@ def _serve(folder: Path, lock: Any, secrets: Mapping[str, Any], parent: tuple[in
     logger.info(
         "pid %d ships run %s to %s", os.getpid(), manifest.run_id, ", ".join(manifest.destinations) or "nowhere"
     )
-    shipment = Shipment(
-        folder,
-        manifest,
-        environ=os.environ,
-        secrets=secrets,
-        build=registry.build if build is None else build,
-        deaths=Deaths(folder, parent=parent),
-        suppress=suppress_instrumentation,
-    )
-    term = _on_sigterm(shipment.wake)
+
+    def begun(manifest: Manifest) -> Shipment:
+        return Shipment(
+            folder,
+            manifest,
+            environ=os.environ,
+            secrets=secrets,
+            build=registry.build if build is None else build,
+            deaths=Deaths(folder, parent=parent),
+            suppress=suppress_instrumentation,
+        )
+
+    def wake() -> None:
+        shipment.wake()  # the one of now
+
+    shipment = begun(manifest)
+    term = _on_sigterm(wake)
     while True:
         shipment.run(follow=True, stop=term)
         if term.is_set():
-            again = _on_sigterm(shipment.wake)
+            again = _on_sigterm(wake)
             logger.info("SIGTERM: delivers what is there, for %.0f s at most; once more ends it at once", _grace_s())
             shipment.run(follow=True, stop=again, timeout_s=_grace_s(), hurry=True)
             break
@@ -106,6 +114,13 @@ def _serve(folder: Path, lock: Any, secrets: Mapping[str, Any], parent: tuple[in
         lock.release()
         if not shipment.site.has_news() or not lock.acquire():
             break
+        # Another shipper may have held the lock meanwhile, and gone. What these lanes remember of their journals would
+        # then be old: they would send once more what that one has delivered, and write over its lines.
+        manifest = read_manifest(folder)
+        if manifest is None:
+            break
+        before, shipment = shipment, begun(manifest)
+        before.close()
     outcome = shipment.close()
     _report(folder, outcome)
     return 0 if outcome.complete else 1
@@ -182,7 +197,7 @@ def _manifest_for(folder: Path, destinations: Sequence[Mapping[str, Any]]) -> An
     import dataclasses
 
     from tracelet.errors import SpoolError
-    from tracelet.spool.store import Manifest, read_manifest, update_manifest
+    from tracelet.spool.store import read_manifest, update_manifest
 
     def give(manifest: Manifest | None) -> Manifest:
         if manifest is None:

@@ -218,10 +218,20 @@ def test_show_names_the_phase_a_killed_run_died_in(spool: Path, capsys: pytest.C
 
 
 def test_what_the_system_refuses_is_one_line_and_no_traceback(spool: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = make_run(spool)
-    (folder / store.MANIFEST).unlink()
-    (folder / store.MANIFEST).mkdir()  # reading it is an error of the system, also for root
+    spool.symlink_to(spool)  # looking into it is an error of the system, also for root
     assert main(["runs"]) == 1
     told = capsys.readouterr().err
     assert told.startswith("tracelet runs: ")
-    assert store.MANIFEST in told
+    assert str(spool) in told
+    assert told.count("\n") == 1
+
+
+def test_a_manifest_that_the_disk_does_not_give_back_is_said_beside_its_run(
+    spool: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_run(spool)
+    for name in (store.MANIFEST, store.COPY):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).mkdir()
+    assert main(["runs"]) == 0
+    assert "can't be read" in "".join(capsys.readouterr())

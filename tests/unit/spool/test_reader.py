@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 
 from tests.unit.spool.pens import ENDED, NAMED, TEXT, Story, drain, end, only, pen
 from tracelet.errors import SpoolFormatError
+from tracelet.spool.pages import Pages
 from tracelet.spool.points import HEADER_SIZE, SLOT_SIZE, Header, segment_name
-from tracelet.spool.reader import START, Position, SlotRange, SpoolReader
+from tracelet.spool.reader import START, Position, SlotRange, SpoolReader, _File
 from tracelet.spool.seal import read_seal
 from tracelet.spool.store import move_delivered, seal
 from tracelet.spool.writer import Writer
@@ -304,6 +306,39 @@ def test_a_folder_without_writers_is_empty(tmp_path: Path) -> None:
     assert reader.poll("0" * 16, START, 10, dead=True) == ((), START)
     assert reader.read(SlotRange("0" * 16, 1, 0, 4)).damaged[0].end == 4
     assert list(reader.scan_frames("0" * 16)) == []
+
+
+class EarlyLook(_File):
+    """A segment of whose slots the first look sees one as it was a moment before: still without its marker."""
+
+    __slots__ = ("early",)
+
+    def markers(self, first: int, end: int) -> memoryview:
+        seen = array("I", super().markers(first, end).tolist())
+        if self.early is not None:
+            seen[self.early - first], self.early = 0, None
+        return memoryview(seen)
+
+
+@pytest.mark.parametrize("slot", [2, 5, 11])
+def test_a_slot_that_was_filled_between_the_look_at_it_and_at_the_next_one_stays_in_its_place(
+    tmp_path: Path, slot: int
+) -> None:
+    writer = logged(tmp_path, 12)
+    name = str(writer.writer_id)
+    reader, story = SpoolReader(tmp_path, strong_order=True), Story()
+    file = reader._segment(name, 1)
+    assert file is not None
+    early = EarlyLook(file.fd, Pages())
+    early.header, early.early = file.header, slot
+    reader._files[name, "points", 1] = early
+    ranges, story.position = reader.poll(name, START, 1000, dead=False)
+    assert early.early is None
+    story.take(reader, ranges)
+    reader.close()
+    end(writer)
+    assert [iteration for _, _, iteration in story.points] == list(range(12))
+    assert story.position.open == ()
 
 
 class Overtaken(SpoolReader):

@@ -93,6 +93,15 @@ def test_a_manifest_that_cannot_be_read_says_so(tmp_path: Path, text: str) -> No
         read_manifest(tmp_path)
 
 
+def test_a_manifest_of_another_version_is_refused_by_name_though_its_copy_is_not(tmp_path: Path) -> None:
+    update_manifest(tmp_path, lambda old: MANIFEST)
+    fields = json.loads((tmp_path / "manifest.json").read_text())
+    fields.pop("crc32")
+    (tmp_path / "manifest.json").write_text(json.dumps(fields | {"format": 2}))
+    with pytest.raises(SpoolFormatError, match="format 2"):
+        read_manifest(tmp_path)
+
+
 def test_no_damage_to_a_manifest_loses_or_changes_it(tmp_path: Path) -> None:
     one = attempt("k", destinations=({"id": "file-1", "kind": "file", "spec": {"path": "/x"}},))
     written = update_manifest(tmp_path, lambda old: MANIFEST.with_attempt(one))
