@@ -22,7 +22,7 @@ demo: $(VENV)/.ready-demo ## train a classifier on digits, logged into MLflow's 
 test: $(VENV)/.ready-dev ## all tests
 	$(RUN) pytest $(ARGS)
 
-soak: $(VENV)/.ready-dev ## crash, damage and fuzz tests at full length, and a page of what they did (an hour and a half)
+soak: $(VENV)/.ready-dev ## crash, damage and fuzz tests at full length, and a page of what they did (two hours)
 	@$(VENV)/bin/python scripts/soak.py $(ARGS)
 
 check: $(VENV)/.ready-dev ## format, lint, types, import rules, the docs and every block in them
