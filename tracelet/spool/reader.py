@@ -14,7 +14,7 @@ import sys
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from itertools import groupby
+from itertools import groupby, takewhile
 from pathlib import Path
 from typing import NamedTuple
 from zlib import crc32
@@ -297,14 +297,15 @@ class SpoolReader:
         self._look_anew(writer, dead)
         self._before, self._seen[writer] = self._seen.get(writer, set()), set()
         room = limit
-        late = self._closed(writer, position.open, dead)[:room]
+        late, unsettled = self._closed(writer, position.open, dead)
+        late = late[:room]
         ranges = _as_ranges(writer, late)
         room -= len(late)
         # The writer is dead: what is open now stays so, unless there was no room to look at all of it.
-        still_open = [one for one in position.open if one not in set(late)] if not dead or room <= 0 else []
+        still_open = _without(position.open, late) if not dead or room <= 0 else []
         number, slot = position.segment, position.next
         self._look_back(writer, number, slot)
-        while room > 0:
+        while room > 0 and not unsettled:
             file = self._segment(writer, number)
             if file is None or file.header is None:
                 later = [n for n in self.segments(writer) if n > number]
@@ -365,15 +366,17 @@ class SpoolReader:
         late: list[tuple[int, int]] = []
         while True:
             stretches, end, opened = self._window(writer, number, file, first, window, room - len(late), dead, rolled)
-            more = self._closed(writer, still_open, dead)[: room - len(late)]
+            more, unsettled = self._closed(writer, still_open, dead)
+            more = more[: room - len(late)]
             late = sorted(late + more)
-            still_open = [one for one in still_open if one not in set(more)]
-            if len(late) == room:
-                return _Look(_as_ranges(writer, late), room, first, 0, still_open)
+            still_open = _without(still_open, more)
+            if len(late) == room or unsettled:
+                return _Look(_as_ranges(writer, late), len(late), first, 0, still_open)
             slots = len(late) + sum(b - a for a, b in stretches)
             if not more or slots <= room:
                 ranges = _as_ranges(writer, late) + [SlotRange(writer, number, a, b) for a, b in stretches]
                 return _Look(ranges, slots, end, stretches[-1][1] if stretches else 0, still_open + opened)
+            file = self._segment(writer, number) or file  # so many were looked at that it may have been let go
 
     def _exists(self, writer: str, number: int) -> bool:
         file = self._file(writer, "points", number)
@@ -390,39 +393,41 @@ class SpoolReader:
         assert file.header is not None
         return file.header.capacity if file.seal is None else file.seal.slots
 
-    def _closed(self, writer: str, slots: Iterable[tuple[int, int]], dead: bool) -> list[tuple[int, int]]:
-        """Those of `slots` that are closed, in order. Looked at until a look finds no more: what is open then is open
-        behind everything that was found."""
+    def _closed(self, writer: str, slots: Iterable[tuple[int, int]], dead: bool) -> tuple[list[tuple[int, int]], bool]:
+        """Those of `slots` that are closed and may be read, in order.
+
+        Looked at until a look finds no more: what is open then is open behind everything that was found. And whether
+        others are closed that may not be read yet: then nothing that is newer may be, either.
+        """
         found: set[tuple[int, int]] = set()
+        sealed: set[int] = set()
         left = sorted(slots)
         while left:
             new: set[tuple[int, int]] = set()
             for segment, group in groupby(left, key=lambda one: one[0]):
                 numbers = [slot for _, slot in group]
-                new.update((segment, slot) for slot in self._closed_in(writer, segment, numbers, dead))
+                new.update((segment, slot) for slot in self._closed_in(writer, segment, numbers, sealed))
             if not new:
                 break
             found |= new
             left = [one for one in left if one not in new]
-        return sorted(found)
+        closed = sorted(found)
+        if self._strong_order or dead:
+            return closed, False
+        self._seen[writer] |= found
+        settled = list(takewhile(lambda one: one in self._before or one[0] in sealed, closed))
+        return settled, len(settled) < len(closed)
 
-    def _closed_in(self, writer: str, segment: int, slots: list[int], dead: bool) -> list[int]:
+    def _closed_in(self, writer: str, segment: int, slots: list[int], sealed: set[int]) -> list[int]:
         file = self._segment(writer, segment)
         if file is None or file.header is None:
             return []
         if file.seal is not None:
+            sealed.add(segment)
             return slots
         first, base = slots[0], file.header.base
         markers = file.markers(first, slots[-1] + 1).tolist()
-        closed = [slot for slot in slots if slot - first < len(markers) and _is_closed(markers[slot - first], base)]
-        return closed if dead else self._settled(writer, segment, closed)
-
-    def _settled(self, writer: str, segment: int, closed: list[int]) -> list[int]:
-        """Of slots whose markers are set now, those that may be read: all, or those set at the poll before, too."""
-        if self._strong_order:
-            return closed
-        self._seen[writer].update((segment, slot) for slot in closed)
-        return [slot for slot in closed if (segment, slot) in self._before]
+        return [slot for slot in slots if slot - first < len(markers) and _is_closed(markers[slot - first], base)]
 
     def _window(  # noqa: PLR0917
         self, writer: str, number: int, file: _File, first: int, window: int, room: int, dead: bool, rolled: bool
@@ -448,8 +453,11 @@ class SpoolReader:
             # finds it closed, and what one thread wrote stays in order; what is open then is in flight.
             view = file.markers(first, closed[-1] + 1)
             closed = [first + i for i, marker in enumerate(view.tolist()) if marker in kinds]
-        if not dead:
-            closed = self._settled(writer, number, closed)
+        if not (self._strong_order or dead):
+            # Up to the first one whose marker was not set at the poll before: what is newer waits for it.
+            self._seen[writer].update((number, slot) for slot in closed)
+            new = next((slot for slot in closed if (number, slot) not in self._before), window)
+            closed, window = [slot for slot in closed if slot < new], new
         end = window if rolled and len(closed) <= room else (closed[:room] or [first - 1])[-1] + 1
         stretches: list[tuple[int, int]] = []
         missing: list[tuple[int, int]] = []
@@ -601,6 +609,11 @@ def _word(marker: int) -> bytes:
 
 def _is_closed(marker: int, base: int) -> bool:
     return base < marker <= base | VOID
+
+
+def _without(slots: Iterable[tuple[int, int]], those: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    gone = set(those)
+    return [one for one in slots if one not in gone]
 
 
 def _as_ranges(writer: str, slots: list[tuple[int, int]]) -> list[SlotRange]:

@@ -300,6 +300,49 @@ def test_a_segment_of_another_version_is_refused_by_name(tmp_path: Path) -> None
         drain(tmp_path)
 
 
+def test_where_stores_may_be_late_nothing_is_read_before_what_was_closed_at_this_very_look(tmp_path: Path) -> None:
+    writer = logged(tmp_path)
+    name = str(writer.writer_id)
+    slot = Slot(tmp_path, writer, 5)
+    slot.open()
+    reader = SpoolReader(tmp_path, strong_order=False)
+    ranges, position = reader.poll(name, START, 100, dead=False)
+    assert ranges == ()
+    slot.close()  # what comes behind it may be of the same thread, and was seen at the look before
+    ranges, position = reader.poll(name, position, 100, dead=False)
+    assert ranges == (SlotRange(name, 1, 0, 5),)
+    ranges, position = reader.poll(name, position, 100, dead=False)
+    assert ranges == (SlotRange(name, 1, 5, 12),)
+    assert position == Position(1, 12, ())
+    reader.close()
+
+
+def test_where_stores_may_be_late_a_slot_of_an_older_segment_holds_up_a_newer_one_until_it_is_read(
+    tmp_path: Path,
+) -> None:
+    writer = logged(tmp_path, slots_per_segment=16)
+    name = str(writer.writer_id)
+    slot = Slot(tmp_path, writer, 5)
+    slot.open()
+    reader, position = SpoolReader(tmp_path, strong_order=False), START
+    for i in range(10, 20):
+        writer.log("a", i / 2, i)
+    for _ in range(6):
+        _, position = reader.poll(name, position, 100, dead=False)
+    assert position == Position(2, 6, ((1, 5),))
+    writer.log("a", 10.0, 20)
+    assert reader.poll(name, position, 100, dead=False) == ((), position)
+    slot.close()
+    assert reader.poll(name, position, 100, dead=False) == ((), position)
+    ranges, position = reader.poll(name, position, 100, dead=False)
+    assert ranges[0] == SlotRange(name, 1, 5, 6)
+    for _ in range(2):
+        more, position = reader.poll(name, position, 100, dead=False)
+        ranges += more
+    assert ranges == (SlotRange(name, 1, 5, 6), SlotRange(name, 2, 6, 7))
+    reader.close()
+
+
 def test_a_folder_without_writers_is_empty(tmp_path: Path) -> None:
     reader = SpoolReader(tmp_path)
     assert reader.writers() == ()
