@@ -189,6 +189,32 @@ def test_a_second_run_in_each_process_and_programs_that_ranks_start_are_runs_of_
     assert sorted([one["run"] for one in found].count(run) for run in runs(found)) == [2, 2, 2]
 
 
+BELOW = """
+import json, os, subprocess, sys, time
+from pathlib import Path
+import tracelet
+of, begun = sys.argv[1], Path(sys.argv[2])
+if of == "rank" and os.environ["RANK"] == "1":
+    while not begun.exists():  # until the program that rank 0 starts has begun its run
+        time.sleep(0.01)
+exp = tracelet.start_logging(exp_name="late", project="identity", backend="file")
+os.write(1, json.dumps({"run": exp.id, "of": of}).encode() + b"\\n")
+if of == "rank":
+    subprocess.run([sys.executable, sys.argv[0], "program", sys.argv[2]], check=True)
+    begun.touch()
+"""
+
+
+@pytest.mark.parametrize("workers", [launches.torchrun(2), launches.torchrun(4, address="node-0", here=2)])
+def test_a_rank_that_begins_after_a_program_of_another_rank_has_its_own_ranks_run(
+    here: Path, workers: launches.Environs
+) -> None:
+    program = [sys.executable, str(written(here, BELOW)), "rank", str(here / "begun")]
+    found = [json.loads(line) for line in launches.done(launches.start(here, program, workers)).splitlines()]
+    ranks, programs = (runs([one for one in found if one["of"] == of]) for of in ("rank", "program"))
+    assert (len(found), len(ranks), len(programs), len(ranks | programs)) == (4, 1, 1, 2)
+
+
 def test_a_run_id_that_is_given_holds_for_all_ranks_and_for_the_next_launch(
     here: Path, clean_environment: Path
 ) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tracelet import ids
+from tracelet.core import launchers
 from tracelet.core.launchers import Launch
 from tracelet.errors import SpoolError
 from tracelet.settings import Settings
@@ -29,7 +30,10 @@ class Claim:
 
 
 class _Taken(Exception):
-    """This start belongs to a later launch than the attempt that has its key."""
+    """This start belongs to a later launch than the attempt that has its key, or to a program of that one's rank."""
+
+    def __init__(self, pid: int | None) -> None:
+        self.pid = pid  # of who has this rank's place on this machine
 
 
 class _Restarted(Exception):
@@ -51,6 +55,9 @@ def claim(
     A run of several processes is named by what each of them knows. Should two launches know the same, the second is
     seen by its place being taken, since a rank starts only once in an attempt: it is then another *generation* of the
     same facts, and a run of its own. Only the launcher's word that it has restarted everything opens a run again.
+
+    A program that a rank starts knows what the rank knows, too. Its place is taken by a process above it: it is no
+    second launch, and its like below the other ranks share a run with it, however far those ranks are themselves.
 
     torchrun gives that word on the node where a worker has failed; on the launch's other nodes all are started again
     as well, with the old count. There the word is that the same agent has another worker in the same place.
@@ -84,8 +91,10 @@ def claim(
                 *requeued, count = launch.restarts
                 launch = dataclasses.replace(launch, restarts=(*requeued, count + 1))
                 continue
-            except _Taken:
-                pass
+            except _Taken as taken:
+                if launchers.is_above(taken.pid):
+                    facts, generation = [*facts, "below"], 0
+                    continue
         generation += 1
 
 
@@ -110,7 +119,7 @@ def _put(settings: Settings, run_id: str, attempt: store.Attempt, launch: Launch
         if launch is not None and _is_restarted(same, launch):
             raise _Restarted
         if launch is not None and _is_taken(known, same, launch, derived=derived):
-            raise _Taken
+            raise _Taken(None if before is None else _pid_of(before.attempt(attempt.key), launch.rank))
         here = None if before is None else before.attempt(attempt.key)
         number = same[0].number if same else _next_number(known)
         order = same[0].order if same else _next_order(known, attempt.started_unix_nano)
@@ -122,6 +131,11 @@ def _put(settings: Settings, run_id: str, attempt: store.Attempt, launch: Launch
 
     store.update_manifest(folder, change)
     return Claim(run_id, folder, put, attempt.rank)
+
+
+def _pid_of(attempt: store.Attempt | None, rank: int) -> int | None:
+    pid = None if attempt is None else attempt.extra.get("launch", {}).get("ranks", {}).get(str(rank))
+    return pid if isinstance(pid, int) else None
 
 
 def _with(attempt: store.Attempt, launch: Launch) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Launch", "Parentage", "parentage", "read"]
+__all__ = ["Launch", "Parentage", "is_above", "parentage", "read"]
 
 _HERE = frozenset({"localhost", "127.0.0.1", "::1"})
 _OF_ONE_RANK = ("RANK", "WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
@@ -158,6 +158,17 @@ def parentage(mine: Mark, proc: Path = Path("/proc")) -> Parentage | None:
         return Parentage(launcher, launched)
     except (OSError, ValueError, IndexError):
         return None  # no /proc (macOS), or a parent that has just gone
+
+
+def is_above(pid: int | None, proc: Path = Path("/proc")) -> bool:
+    """Whether that process started this one, or one above it; without /proc (macOS) only the parent is known."""
+    above = os.getppid()
+    try:
+        while above != pid and above > 1:
+            above = int(_stat(proc / str(above))[1])
+    except (OSError, ValueError, IndexError):
+        return False
+    return above == pid
 
 
 def _same_rank(process: Path, mine: Mark) -> bool:

@@ -115,7 +115,7 @@ class Repeats:
         if not digests:
             return
         if self._written > 2 * self._remembered * _SIZE:
-            write_whole(self._path, b"".join(self._order))
+            write_whole(self._path, b"".join(self._order), durable=True)  # an empty file would lose all of them
             self._written = len(self._order) * _SIZE
             return
         fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
