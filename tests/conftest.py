@@ -44,6 +44,11 @@ NAMES = (
 )
 
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # In the background of a shell SIGINT is ignored, and what we start would inherit that: Ctrl-C could end nothing.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """Nothing of the caller's settings reaches a test; what it logs stands in `tmp_path / "spool"`."""
