@@ -7,6 +7,7 @@ Limit: 60 s a program; the file some 30 s.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +72,13 @@ take_all()
 calls = {
     "points": (many, 70_000), "a new name": (exp.log_metric, "new", 1.0, 1), "params": (exp.log_params, {"a": 1}),
     "an artifact": (exp.log_artifact, __file__), "stats": (lambda: exp.stats and None,), "links": (exp.links,),
-    "an iteration": (exp.set_iteration, 3), "flush": (exp.flush, 0.2), "stop": (exp.stop,),
+    "an iteration": (exp.set_iteration, 3), "flush": (exp.flush, 0.2),
 }
 found = {name: tried(*call) for name, call in calls.items()}
+give_back(20)
+found["flush with descriptors"] = tried(exp.flush, 0.0)
+take_all()
+found["stop"] = tried(exp.stop)
 give_back(len(taken))
 found["counts"] = [exp.stats.logged, exp.stats.refused]
 """
@@ -82,7 +87,8 @@ found["counts"] = [exp.stats.logged, exp.stats.refused]
     found = answers(tmp_path, code)
     logged, refused = found.pop("counts")
     assert found.pop("an artifact").startswith("raised InvalidValue")  # the file could not be read
-    assert found.pop("flush") == "False"
+    assert re.match("raised SpoolError: .*Too many open files.*Flush again", found.pop("flush"))
+    assert found.pop("flush with descriptors") in ("True", "False")  # what the disk has; the shipper has its own time
     assert found.pop("links") == "{}"
     assert set(found.values()) == {"None"}
     assert logged + refused == 70_003  # with the params, and the record that asks for the flush

@@ -15,6 +15,7 @@ from tracelet.errors import SpoolError, SpoolFull
 
 __all__ = [
     "CANT_ALLOCATE",
+    "NO_DESCRIPTOR",
     "NO_ROOM",
     "Identity",
     "allocate",
@@ -26,6 +27,9 @@ __all__ = [
     "sync_file",
     "sync_folder",
 ]
+
+NO_DESCRIPTOR = frozenset({errno.EMFILE, errno.ENFILE})
+"""The errors of a process, or a machine, that has as many files open as it may."""
 
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """The errors that mean "no room" rather than "not allowed" or "broken"."""

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from tracelet.spool.appended import AppendedSegment
-from tracelet.spool.disk import CANT_ALLOCATE, NO_ROOM, allocate, sync_file
+from tracelet.spool.disk import CANT_ALLOCATE, NO_DESCRIPTOR, NO_ROOM, allocate, sync_file
 from tracelet.spool.frames import FrameWriter
 from tracelet.spool.lease import WriterLock
 from tracelet.spool.points import (
@@ -309,6 +309,8 @@ class FileSet:
             for name in names:  # by name: a mapping's own flush holds the interpreter's lock as long as the disk takes
                 self._sync_named(name)
         except OSError as error:
+            if error.errno in NO_DESCRIPTOR:  # the disk was not even asked
+                raise
             self._unflushed = self._unflushed or error
         finally:
             for fd in fds:

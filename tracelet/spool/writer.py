@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeVar
 
 from tracelet.errors import SpoolError
 from tracelet.guard import guard
-from tracelet.spool.disk import may_map, refused
+from tracelet.spool.disk import NO_DESCRIPTOR, may_map, refused
 from tracelet.spool.files import Abandoned, FileSet, Gone
 from tracelet.spool.points import Address, Log, Seldom, fuse
 from tracelet.spool.store import flush_names, make_folder, usage
@@ -186,10 +186,12 @@ class Writer:
                 files.sync(self._lock)
             flush_names(self._folder)
         except OSError as error:
+            then = "It can still be delivered, from memory; new runs need another disk (TRACELET_DIR)"
+            if error.errno in NO_DESCRIPTOR:
+                then = "Flush again once this process may open files (ulimit -n)"
             raise SpoolError(
                 f"the spool folder {self._folder} could not be flushed to the disk ({error.strerror or error}):"
-                " what was logged there would not survive a loss of power. It can still be delivered, from memory; new"
-                " runs need another disk (TRACELET_DIR)",
+                f" what was logged there would not survive a loss of power. {then}",
                 folder=str(self._folder),
             ) from error
 
