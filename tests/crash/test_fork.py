@@ -316,3 +316,43 @@ def test_where_a_launcher_kills_the_children_of_its_workers_the_shipper_is_none_
         worker.kill()
     until(lambda: otlp_sink.ends(run_id) == ["KILLED"], 60)
     assert len(otlp_sink.points(run_id)) == 100
+
+
+FORKED_IN_A_START = """
+import os, signal, sys, threading, time
+from pathlib import Path
+import tracelet
+from tracelet.spool import store
+
+def is_waiting(thread):
+    frame = sys._current_frames().get(thread.ident)
+    while frame is not None and frame.f_code is not store._lock.__code__:
+        frame = frame.f_back
+    return frame is not None
+
+exp = tracelet.Experiment("early", project="fork", backend="file", shipper="off", run_id="early")
+folder = store.run_folder(Path(os.environ["TRACELET_DIR"]), "early")
+with store.held_manifest(folder, make=True):
+    starting = threading.Thread(target=exp.start)
+    starting.start()
+    while not is_waiting(starting):
+        time.sleep(0.005)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        exp.log_metric("child", 1.0, iteration=0)
+        os._exit(0)
+starting.join()
+exp.log_metric("parent", 2.0, iteration=0)
+exp.stop()
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0)
+"""
+
+
+def test_what_a_child_logs_that_was_forked_while_a_thread_was_starting_the_run_is_there(
+    tmp_path: Path, clean_environment: Path
+) -> None:
+    done = finished(tmp_path, FORKED_IN_A_START, TRACELET_DIR=str(clean_environment))
+    assert done.returncode == 0, done.stderr
+    found = read(folder_of(clean_environment))
+    assert (found.values("child"), found.values("parent")) == ([(0, 1.0)], [(0, 2.0)])

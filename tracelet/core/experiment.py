@@ -145,7 +145,7 @@ class Experiment:
         self._ticket: Ticket | None = None  # of an experiment that came here pickled
         self._was_closed = False  # before it was pickled
         self._first_iteration: int | None = None  # set before the start
-        self._beginning = False
+        self._beginning = 0  # the process that is in the middle of `start`; a child is not
         self._early: list[Callable[[], object]] = []
 
     # ---- life ---------------------------------------------------------------------------------------------------
@@ -164,14 +164,16 @@ class Experiment:
         Cost: about 10 ms, most of it the start of the shipper process.
         """
         with process.starting():
-            if self._beginning:  # a signal's handler, in the middle of this thread's own call
+            if self._beginning == os.getpid():  # a signal's handler, in the middle of this thread's own call
                 return self
             if self._run is None:
-                self._beginning = True
+                if self._beginning:  # forked while another thread was at it: what handlers asked for is the parent's
+                    self._early.clear()
+                self._beginning = os.getpid()
                 try:
                     self._begin()
                 finally:
-                    self._beginning = False
+                    self._beginning = 0
                 self._make_up()
             elif self._run.closed:
                 raise self._run.closed_error()
@@ -195,7 +197,7 @@ class Experiment:
         if self._run is not None:
             return False
         with process.starting():  # whoever gets in is this thread, or comes before or after a start
-            if not self._beginning:
+            if self._beginning != os.getpid():
                 return False
             self._early.append(call)
             return True
@@ -507,7 +509,7 @@ class Experiment:
         self._ticket = state["ticket"]
         self._was_closed = state["closed"]  # refused when something is logged: a checkpoint that holds it has to load
         self._first_iteration = state["iteration"] or None
-        self._beginning, self._early = False, []
+        self._beginning, self._early = 0, []
 
     def __repr__(self) -> str:
         if self._ticket is None:

@@ -87,6 +87,8 @@ def refused(folder: Path, error: OSError) -> SpoolError:
     return kind(f"the spool folder {folder} {what} ({error.strerror or error}): {then}", folder=str(folder))
 
 
+    if isinstance(error, TimeoutError):
+        then = "try again; or end, or continue, the process that holds it up"
 # Here an allocated block takes a mapped store, whether or not the disk has any room left. On btrfs and ZFS a store
 # needs new room, on NFS and FUSE an answer from somewhere else; a page that can't be had is SIGBUS, which kills
 # training. A disk that fails can do that here, too: an XFS that has shut itself down does (docs/decisions/0128).

@@ -1,4 +1,4 @@
-"""The spool folder as a whole: where it is, its manifest, its size, what is sealed, delivered, kept and deleted."""
+"""The spool folder as a whole: where it is, its manifest, its size, what is sealed, moved to delivered/ and deleted."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ MANIFEST_LOCK = "manifest.lock"
 COPY = "manifest.copy.json"
 """The same once more: a damaged manifest would leave whole records with nowhere to go, or send them to another run."""
 LOCK_WAIT_S = 10.0
-"""Whoever changes a manifest is through in a millisecond; longer than this nobody waits for him."""
+"""Who changes a manifest is through in a millisecond, who deletes in far less than this: nobody waits for longer."""
 _LOCK_POLL_S = 0.002
 FORMAT = 1
 """The version of the folder's format; a reader refuses another one by name."""
@@ -357,6 +357,10 @@ def held_manifest(folder: Path, *, make: bool = False) -> Iterator[None]:
                 yield
                 return
         finally:
+            with contextlib.suppress(OSError):
+                # By its name, too: a child that another thread forked in the block has the descriptor as long as it
+                # lives, and with it the lock, which the close alone would leave to it.
+                fcntl.flock(fd, fcntl.LOCK_UN)
             os.close(fd)
 
 

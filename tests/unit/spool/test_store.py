@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ from tracelet.spool.seal import seal_name
 from tracelet.spool.store import (
     Attempt,
     Manifest,
+    held_manifest,
     list_runs,
     make_spares,
     move_delivered,
@@ -348,9 +350,26 @@ def test_a_manifest_that_is_locked_for_good_is_a_spool_error_not_a_wait_without_
 
     def by_a_handler(before: Manifest | None) -> Manifest:
         assert before is not None
-        with pytest.raises(SpoolError, match="locked by another"):
+        with pytest.raises(SpoolError, match=r"locked by another for .*: try again"):
             update_manifest(tmp_path, lambda _: before)
         return before
 
     update_manifest(tmp_path, by_a_handler)
     assert update_manifest(tmp_path, lambda before: before or Manifest("x", "p", "e", "n")).run_id == "r"
+
+
+def test_a_child_forked_while_the_manifest_was_held_does_not_hold_it_for_its_life(tmp_path: Path) -> None:
+    update_manifest(tmp_path, lambda _: MANIFEST)
+    reading, writing = os.pipe()
+    with held_manifest(tmp_path):
+        child = os.fork()
+        if child == 0:
+            os.close(writing)
+            os.read(reading, 1)  # until its parent is through
+            os._exit(0)
+    os.close(reading)
+    try:
+        assert update_manifest(tmp_path, lambda before: before or attempt("x")) == MANIFEST  # type: ignore[arg-type]
+    finally:
+        os.close(writing)
+        os.waitpid(child, 0)
