@@ -87,7 +87,7 @@ found["counts"] = [exp.stats.logged, exp.stats.refused]
     found = answers(tmp_path, code)
     logged, refused = found.pop("counts")
     assert found.pop("an artifact").startswith("raised InvalidValue")  # the file could not be read
-    assert re.match("raised SpoolError: .*Too many open files.*Flush again", found.pop("flush"))
+    assert re.match("raised SpoolError: .*Too many open files.*flush again", found.pop("flush"))
     assert found.pop("flush with descriptors") in ("True", "False")  # what the disk has; the shipper has its own time
     assert found.pop("links") == "{}"
     assert set(found.values()) == {"None"}

@@ -31,7 +31,7 @@ from tracelet.records import (
 )
 from tracelet.settings import Settings
 from tracelet.spool import store
-from tracelet.spool.disk import refused, sync_file, sync_folder
+from tracelet.spool.disk import is_refusal, refused, sync_file, sync_folder
 from tracelet.spool.points import Log
 from tracelet.spool.writer import Writer
 
@@ -51,6 +51,7 @@ class Run:
         self._look_at = time.monotonic() + _LOOK_AFTER_S
         self.refused_records = 0  # params, tags, spans, artifacts for which there was no room
         self._copies: dict[str, None] = {}  # of artifacts, since the last flush
+        self._copies_refused: SpoolError | None = None
         self._owed: list[Record] = []  # what the run begins with, as long as there was no room for it
         self.writer = Writer(
             self.folder,
@@ -333,22 +334,28 @@ class Run:
         Raises:
             SpoolError: it is not on the disk, and was not delivered in time either.
         """
-        lost = None
+        lost: SpoolError | None = None
         if not self.closed:
             self.put(FlushAsked(time.time_ns()))
-            try:
-                self._sync_copies()
-                self.writer.sync()
-            except SpoolError as error:
-                lost = error
-                guard.limited("flush", "%s", error)
+            for sync in (self._sync_copies, self.writer.sync):
+                try:
+                    sync()
+                except SpoolError as error:
+                    lost = lost or error
+                    guard.limited("flush", "%s", error)
         delivered = self.delivery.all_delivered(timeout_s)
         if lost is not None and not delivered:
             raise lost
         return delivered
 
     def _sync_copies(self) -> None:
-        """Bring the copies of artifacts to the disk that came since the last time."""
+        """Bring the copies of artifacts to the disk that came since the last time.
+
+        Raises:
+            SpoolError: it has not taken all of them, now or at an earlier call; it says so only once.
+        """
+        if self._copies_refused is not None:
+            raise self._copies_refused
         stored = list(self._copies)
         try:
             for one in stored:
@@ -358,7 +365,10 @@ class Run:
                 with contextlib.suppress(FileNotFoundError):
                     sync_folder(self.folder / folder)
         except OSError as error:
-            raise refused(self.folder, error) from error
+            failed = refused(self.folder, error)
+            if is_refusal(error):
+                self._copies_refused = failed
+            raise failed from error
         for one in stored:
             self._copies.pop(one, None)
 
@@ -396,7 +406,7 @@ class Run:
         self.writer.after_fork_in_child()
         self._role = "child"
         self._owed = []
-        self._copies = {}
+        self._copies, self._copies_refused = {}, None
         self.refused_records = 0
         self.delivery = Delivery(self.ticket, self.writer, first=False)
 

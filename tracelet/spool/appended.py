@@ -128,8 +128,17 @@ class AppendedSegment:
         try:
             os.fdatasync(self.fd)
         except OSError as error:
-            self.failed = error
-            self.doubtful += self.next - self._synced
+            self.doubt(error)
+        self._synced = self.next
+
+    def unsynced(self) -> int:
+        """How many slots were filled since the disk was last asked by `sync`."""
+        return self.next - self._synced
+
+    def doubt(self, error: OSError) -> None:
+        """Count what was written since then: the disk would not have it, and says so to one who asks and no more."""
+        self.failed = error
+        self.doubtful += self.next - self._synced
         self._synced = self.next
 
     def put_many(self, records: memoryview) -> int:
@@ -174,8 +183,7 @@ class AppendedSegment:
             except OSError as error:
                 if not self._counts:
                     raise
-                self.failed = error
-                self.doubtful += self.next - self._synced
+                self.doubt(error)
 
     def seize(self) -> None:
         if self._unsettled >= 0:

@@ -15,27 +15,26 @@ from tracelet.errors import SpoolError, SpoolFull
 
 __all__ = [
     "CANT_ALLOCATE",
-    "NO_DESCRIPTOR",
     "NO_ROOM",
     "Identity",
     "allocate",
     "close_own",
     "identity",
     "is_open_on",
+    "is_refusal",
     "may_map",
     "refused",
     "sync_file",
     "sync_folder",
 ]
 
-NO_DESCRIPTOR = frozenset({errno.EMFILE, errno.ENFILE})
-"""The errors of a process, or a machine, that has as many files open as it may."""
-
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """The errors that mean "no room" rather than "not allowed" or "broken"."""
 
 CANT_ALLOCATE = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV})
 """What fallocate(2) says where the file system, or the system, has no such thing."""
+
+_NOT_ASKED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})  # the process lacked what it takes to ask the disk
 
 _NO_FSYNC = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})  # a file system without it, for folders
 
@@ -84,11 +83,11 @@ def refused(folder: Path, error: OSError) -> SpoolError:
     kind = SpoolFull if full else SpoolError
     what = "has no room" if full else "can't be written"
     then = "free some, or raise TRACELET_MAX_BYTES" if full else "make it writable, or set TRACELET_DIR"
+    if isinstance(error, TimeoutError):
+        then = "try again; or end, or continue, the process that holds it up"
     return kind(f"the spool folder {folder} {what} ({error.strerror or error}): {then}", folder=str(folder))
 
 
-    if isinstance(error, TimeoutError):
-        then = "try again; or end, or continue, the process that holds it up"
 # Here an allocated block takes a mapped store, whether or not the disk has any room left. On btrfs and ZFS a store
 # needs new room, on NFS and FUSE an answer from somewhere else; a page that can't be had is SIGBUS, which kills
 # training. A disk that fails can do that here, too: an XFS that has shut itself down does (docs/decisions/0128).
@@ -146,6 +145,11 @@ def allocate(fd: int, size: int, *, at: int = 0, keep_size: bool = False) -> Non
         code = _fallocate()(fd, _KEEP_SIZE if keep_size else 0, at, size)
     if code:
         raise OSError(code, os.strerror(code))
+
+
+def is_refusal(error: OSError) -> bool:
+    """Whether a flush failed because of the disk, which says so once: another try may look like success."""
+    return error.errno not in _NOT_ASKED
 
 
 def sync_file(path: str | Path) -> None:

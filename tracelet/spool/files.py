@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from tracelet.spool.appended import AppendedSegment
-from tracelet.spool.disk import CANT_ALLOCATE, NO_DESCRIPTOR, NO_ROOM, allocate, sync_file
+from tracelet.spool.disk import CANT_ALLOCATE, NO_ROOM, allocate, is_refusal, sync_file
 from tracelet.spool.frames import FrameWriter
 from tracelet.spool.lease import WriterLock
 from tracelet.spool.points import (
@@ -300,8 +300,10 @@ class FileSet:
                 counts as waiting to be written, so the next flush alone would say that all is well.
         """
         with lock:
+            segment = self.segment
             left = [*self._left, *self._frame_writer.left]
-            names = [*left, segment_name(self.writer, self.segment.number)]
+            names = [*left, segment_name(self.writer, segment.number)]
+            asked = segment.unsynced() if isinstance(segment, AppendedSegment) else 0
             fds = self.to_sync()
         try:
             for fd in fds:
@@ -309,17 +311,29 @@ class FileSet:
             for name in names:  # by name: a mapping's own flush holds the interpreter's lock as long as the disk takes
                 self._sync_named(name)
         except OSError as error:
-            if error.errno in NO_DESCRIPTOR:  # the disk was not even asked
+            if not is_refusal(error):
                 raise
             self._unflushed = self._unflushed or error
+            with lock:
+                self._doubt(segment, asked, error)
         finally:
             for fd in fds:
                 os.close(fd)
+        with lock:  # what the disk has said once, to whomever, it says to nobody again
+            self._unflushed = self._unflushed or self.doubtful()[1]
         if self._unflushed is not None:
             raise self._unflushed
         for name in left:
             self._left.pop(name, None)
             self._frame_writer.left.pop(name, None)
+
+    def _doubt(self, segment: Segment, slots: int, error: OSError) -> None:
+        """Count `slots` of an appended segment as its own `sync` would have, had the disk said it to that one."""
+        if segment is self.segment and isinstance(segment, AppendedSegment):
+            segment.doubt(error)
+        elif slots:  # left meanwhile, with what it had heard
+            self._doubtful_before += slots
+            self.failed = error
 
     def _sync_named(self, name: str) -> None:
         for folder in (self._folder, self._folder / DELIVERED):
@@ -332,7 +346,16 @@ class FileSet:
         fds = [self._frame_writer.descriptor]
         if isinstance(self.segment, AppendedSegment):
             fds.append(self.segment.fd)
-        return [os.dup(fd) for fd in fds if fd >= 0]
+        copies: list[int] = []
+        try:
+            for fd in fds:
+                if fd >= 0:
+                    copies.append(os.dup(fd))
+        except OSError:
+            for fd in copies:
+                os.close(fd)
+            raise
+        return copies
 
     def _sync_segment(self) -> None:
         if isinstance(self.segment, MappedSegment):

@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeVar
 
 from tracelet.errors import SpoolError
 from tracelet.guard import guard
-from tracelet.spool.disk import NO_DESCRIPTOR, may_map, refused
+from tracelet.spool.disk import is_refusal, may_map, refused
 from tracelet.spool.files import Abandoned, FileSet, Gone
 from tracelet.spool.points import Address, Log, Seldom, fuse
 from tracelet.spool.store import flush_names, make_folder, usage
@@ -176,7 +176,7 @@ class Writer:
         """Flush to the disk itself, for power loss; a process's death needs none. Waits for the disk, and nobody else.
 
         Raises:
-            SpoolError: some of what was logged is not on the disk, and may never be.
+            SpoolError: some of what was logged is not on the disk; where the disk would not take it, it may never be.
         """
         sets = list(self._sets.values())
         if not sets:
@@ -187,8 +187,8 @@ class Writer:
             flush_names(self._folder)
         except OSError as error:
             then = "It can still be delivered, from memory; new runs need another disk (TRACELET_DIR)"
-            if error.errno in NO_DESCRIPTOR:
-                then = "Flush again once this process may open files (ulimit -n)"
+            if not is_refusal(error):
+                then = "The disk was not asked: flush again once this process may open files (ulimit -n)"
             raise SpoolError(
                 f"the spool folder {self._folder} could not be flushed to the disk ({error.strerror or error}):"
                 f" what was logged there would not survive a loss of power. {then}",

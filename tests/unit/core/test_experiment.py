@@ -589,3 +589,20 @@ def test_what_the_index_of_an_iteration_raises_passes_through_unchanged(spool: P
     found = read(folder_of(spool))
     assert found.values("loss") == [(7, 0.0), (1, 2.0)]
     assert found.open_slots == 0
+
+
+def test_an_artifact_that_a_flush_could_not_bring_to_the_disk_is_told_by_every_flush_from_then_on(
+    spool: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model.bin"
+    model.write_bytes(b"weights")
+    with Experiment("power", backend="file", shipper="off") as exp:
+        exp.log_artifact(model)
+        (copy,) = [path for path in (folder_of(spool) / "artifacts").rglob("*") if path.is_file()]
+        whole = copy.rename(copy.with_suffix(".whole"))
+        copy.symlink_to("/dev/zero")  # a flush of it fails, as on a disk that does
+        with pytest.raises(tracelet.SpoolError, match="Invalid argument"):
+            exp.flush(timeout=0)
+        whole.replace(copy)  # as what the disk has refused once looks well at the next try
+        with pytest.raises(tracelet.SpoolError, match="Invalid argument"):
+            exp.flush(timeout=0)
