@@ -155,12 +155,11 @@ def _delete(piece: Piece) -> bool:
 def _may_still_go(piece: Piece) -> bool:
     """Nobody writes to the run, and nothing was added: a program may have come and gone since it was looked at."""
     before = piece.facts
-    manifest, problem = None, before.problem
-    if problem is None:
-        try:
-            manifest = store.read_manifest(before.folder)
-        except SpoolError as error:
-            problem = str(error)
+    manifest, problem = None, None
+    try:
+        manifest = store.read_manifest(before.folder)
+    except SpoolError as error:
+        problem = str(error)
     now = look(store.RunFolder(before.run_id, before.folder, manifest, problem), holds_lock=True)
     # What another start of the run has put there may be no writer yet.
     if now.alive or _attempts(now) != _attempts(before):

@@ -133,7 +133,7 @@ class Upkeep:
     def _drop_copy(self, stored: str, arrived: AbstractSet[str]) -> bool:
         """Delete a copy, unless somebody still wants it, who may have been named since the last look."""
         site = self._site
-        if not arrived >= _takes_files(site.manifest):
+        if not arrived >= _takes_files(site.manifest) or not self._may_forget():
             return False
         try:
             with store.held_manifest(site.folder):
@@ -154,9 +154,12 @@ class Upkeep:
         refused = self._refused_copies()
         self._sweep()
         self._seal_all()
+        copies = self._copies(refused)
+        if copies and not self._may_forget():
+            copies = []
         with self._known_to_all(lanes) as known:
             if known:
-                self._forget(self._copies(refused))
+                self._forget(copies)
                 store.move_delivered(site.folder, [lane.positions for lane in lanes], over=site.writers)
         root = site.folder.parent.parent
         keep.retain([run.folder for run in store.list_runs(root)], rule, now_s=now_s)
@@ -167,19 +170,26 @@ class Upkeep:
                  if isinstance(record, ArtifactLogged) and record.stored is not None)  # fmt: skip
         return [stored for stored in named if stored not in refused and (self._site.folder / stored).exists()]
 
-    def _forget(self, copies: Sequence[str]) -> bool:
-        """Delete copies that everybody has; that they have them has to be on the disk before.
+    def _may_forget(self) -> bool:
+        """Whether the disk itself has it by now that everybody has their copies: they go only then.
 
-        After a loss of power a journal that lacks its last seconds would ask for them again, and find none.
+        After a loss of power a journal that lacks its last seconds would ask for them again, and find none. Asked
+        before the manifest is held: a disk may take its time, for which no start of the run has to wait.
         """
-        if not copies:
-            return True
         try:
             sync_journals(self._site.folder)
+        except OSError as error:
+            _tell_kept(error)
+            return False
+        return True
+
+    def _forget(self, copies: Sequence[str]) -> bool:
+        """Delete copies that everybody has."""
+        try:
             for stored in copies:
                 (self._site.folder / stored).unlink(missing_ok=True)
         except OSError as error:  # they stay; the batch that brought them here is through all the same
-            guard.limited("delete copies", "copies of artifacts that are delivered stay: %s", error)
+            _tell_kept(error)
             return False
         return True
 
@@ -192,6 +202,10 @@ class Upkeep:
             waiting = DeadLetters(folder, identity).waiting()
             found |= {str(letter.facts.get("stored")) for letter in waiting if letter.what == "artifact"}
         return found
+
+
+def _tell_kept(error: OSError) -> None:
+    guard.limited("delete copies", "copies of artifacts that are delivered stay: %s", error)
 
 
 def _takes_files(manifest: store.Manifest) -> set[str]:

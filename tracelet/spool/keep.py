@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tracelet.errors import SpoolError
 from tracelet.spool import store
-from tracelet.spool.cursor import Progress
+from tracelet.spool.cursor import Progress, rank_mark, sync_journals
 from tracelet.spool.reader import DELIVERED, Position, SpoolReader
 from tracelet.spool.seal import read_seal
 from tracelet.spool.store import Manifest
@@ -65,11 +65,12 @@ def awaited(folder: Path) -> Collection[str]:
     try:
         manifest = store.read_manifest(folder)
         progress.refresh()
-    except SpoolError:
+    except (OSError, SpoolError):
         return names
     if manifest is None:
         return names
     ends = {attempt.key for attempt in manifest.attempts if attempt.ended is not None}
+    ends |= {rank_mark(attempt.key, int(rank)) for attempt in manifest.attempts for rank in attempt.ranks_ended}
     known = [progress.destinations.get(identity) for identity in readers_of(manifest)]
     if not known:
         return names  # without a destination nothing of a run is delivered
@@ -91,7 +92,7 @@ def _is_awaited(
     name: str, segments: Mapping[str, list[int]], behind: Mapping[tuple[str, int], bool], over: bool
 ) -> bool:
     """A segment by whoever is not behind it; a writer's frames (its metrics' names) with any of its segments, and
-    for the end of its attempt, which is made of them."""
+    for the ends of its attempt and of each rank, which are made of them."""
     found = _OF_WRITER.fullmatch(name)
     if found is None:
         return False
@@ -109,9 +110,14 @@ def _is_behind(folder: Path, writer: str, number: int, positions: Mapping[str, P
 def release(folder: Path, paths: Iterable[Path]) -> int:
     """Delete these files of the run's delivered/ but those that are awaited by now; returns the bytes deleted.
 
-    Nobody can name a destination meanwhile.
+    Nobody can name a destination meanwhile. That everybody has them has to be on the disk before: after a loss of power
+    a journal that lacks its last seconds would ask for them again, and make an end of a run without its END.
+
+    Raises:
+        OSError: the disk would not have the journals, the manifest stays locked, or a file can't be deleted.
     """
     deleted = 0
+    sync_journals(folder)
     with contextlib.suppress(FileNotFoundError), store.held_manifest(folder):
         waiting = set(awaited(folder))
         for path in paths:

@@ -19,6 +19,8 @@ from tracelet.cli.facts import look
 from tracelet.cli.main import main
 from tracelet.settings import Keep
 from tracelet.spool import store
+from tracelet.spool.cursor import journal_name
+from tracelet.spool.journal import line
 from tracelet.spool.lease import ShipperLock
 from tracelet.spool.store import list_runs
 
@@ -217,3 +219,13 @@ def test_a_run_to_which_a_program_has_added_since_it_was_looked_at_is_not_delete
     make_run(spool, "old")  # once more, by a program that is over before anything is deleted
     assert not prune._delete(piece)
     assert folder.exists()
+
+
+def test_a_run_whose_journal_is_of_another_release_goes_when_a_person_says_so(
+    spool: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_run(spool)
+    (folder / journal_name(str(FILE["id"]))).write_bytes(line("journal", {"format": 99, "destination": FILE["id"]}))
+    assert main(["prune", "--undelivered", "aaaa", "--yes"]) == 0
+    assert "what it holds can't be told" in capsys.readouterr().out
+    assert not folder.exists()

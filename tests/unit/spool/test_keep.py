@@ -11,7 +11,7 @@ import pytest
 
 from tests.unit.spool.pens import end, pen
 from tracelet.spool import keep, store
-from tracelet.spool.cursor import Journal
+from tracelet.spool.cursor import Journal, rank_mark
 from tracelet.spool.keep import KeepRule, awaited, beyond_keep, release, retain
 from tracelet.spool.reader import SpoolReader
 
@@ -170,3 +170,31 @@ def test_nobody_is_named_while_files_go_and_who_comes_after_a_deletion_finds_no_
     waiting.join(20)
     assert [type(error).__name__ for error in failed] == ["SpoolError"]
     assert not folder.exists()
+
+
+def test_the_frames_of_a_rank_whose_end_a_destination_lacks_stay(tmp_path: Path) -> None:
+    folder = delivered_run(tmp_path / "r" / "h", destination("a"))
+
+    def end_rank_1(manifest: store.Manifest | None) -> store.Manifest:
+        assert manifest is not None
+        (attempt,) = manifest.attempts
+        ended = {"1": {"status": "FINISHED", "end_unix_nano": 2}}
+        return manifest.with_attempt(replace(attempt, ranks_ended=ended))
+
+    store.update_manifest(folder, end_rank_1, make=False)
+    assert retain([folder], NOTHING, now_s=10**12) > 0
+    assert there(folder) == ["000001.frames"]
+    journal = Journal(folder, "a")
+    journal.close_attempt(rank_mark("k", 1))
+    journal.close()
+    assert retain([folder], NOTHING, now_s=10**12) > 0
+    assert there(folder) == []
+
+
+def test_nothing_goes_whose_delivery_the_disk_would_not_keep(tmp_path: Path) -> None:
+    folder = delivered_run(tmp_path / "r" / "h", destination("a"))
+    everything = there(folder)
+    (folder / "journal-b").symlink_to("/dev/zero")  # a flush of it fails, as on a disk that does
+    with pytest.raises(OSError, match="Invalid argument"):
+        retain([folder], NOTHING, now_s=10**12)
+    assert there(folder) == everything
