@@ -250,8 +250,8 @@ def count_beyond(reader: SpoolReader, writer: str, position: Position, *, dead: 
             records += sum(kind not in _SILENT for _, kind, _ in taken.frames)
         if sum(piece.end - piece.first for piece in ranges) >= _AT_ONCE:
             continue
-        # Where stores may be seen out of order (arm64) a slot counts only from the second look on.
-        if ranges or asked_again:
+        # Where stores may be seen out of order (arm64) a slot counts only from the second look on, behind others, too.
+        if asked_again:
             return points, records
         asked_again = True
 

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from tests.unit.cli.made import FILE, MLFLOW, NOON, deliver, make_run
+from tracelet.cli.facts import count_beyond
 from tracelet.cli.main import main
 from tracelet.records import ErrorInfo, SpanEnded, SpanStarted
 from tracelet.spool import store
+from tracelet.spool.reader import START, SpoolReader
 
 ONE, TWO = "1" * 31 + "a", "1" * 31 + "b"
 
@@ -235,3 +237,12 @@ def test_a_manifest_that_the_disk_does_not_give_back_is_said_beside_its_run(
         (folder / name).mkdir()
     assert main(["runs"]) == 0
     assert "can't be read" in "".join(capsys.readouterr())
+
+
+def test_where_stores_may_be_late_what_stands_behind_a_sealed_segment_is_counted_too(spool: Path) -> None:
+    folder = make_run(spool, points=100, slots=64)
+    reader = SpoolReader(folder, strong_order=False)
+    (writer,) = reader.writers()
+    assert store.seal(folder, writer, 1)
+    assert count_beyond(reader, writer, START, dead=False) == (100, 1)
+    reader.close()
