@@ -99,7 +99,7 @@ class Facts:
 def look(entry: store.RunFolder, *, holds_lock: bool = False) -> Facts:
     """Read a run's folder, from another process than its writers'.
 
-    `holds_lock`: this process has the shipper's lock, which it would lose by asking who has it.
+    `holds_lock`: this process itself has the shipper's lock, so that nobody ships the run.
 
     What is delivered and what waits is exact. What was logged is their sum, so it stays right when delivered segments
     are deleted; it counts a param or an artifact that was refused for good as a point. A run that is being written

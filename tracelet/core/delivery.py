@@ -105,7 +105,6 @@ class Delivery:
     def _serve(self) -> None:
         ticket = self._ticket
         if ticket.shipper == "thread":
-            # Asking who has the shipper's lock would drop it, where this process has it itself.
             if self._in_process is None and self._first and ticket.destinations:
                 module = import_module("tracelet.shipper.inprocess")
                 self._in_process = module.start_all(self._folder, ticket.secrets, ticket.environ or os.environ)

@@ -211,7 +211,7 @@ _ATTEMPT_TYPES: dict[str, _Type] = {
     "keep": (dict, type(None)),
     "max_bytes": (int, type(None)),
 }
-_LAUNCH_TYPES: dict[str, _Type] = {"world": int, "restarts": list, "ranks": dict}
+_LAUNCH_TYPES: dict[str, _Type] = {"world": int, "restarts": list, "ranks": dict, "agents": dict}
 _ENDED_TYPES: dict[str, _Type] = {
     "status": str,
     "end_unix_nano": int,
@@ -294,12 +294,21 @@ def _expect_attempt(attempt: Any) -> None:
         _expect(destination, {"id": str, "kind": str, "spec": dict})
         if not _IS_ID.fullmatch(destination["id"]) or not destination["kind"]:
             raise ValueError(f"a destination has the id {destination['id']!r}")
-    _expect(attempt.get("launch", {}), _LAUNCH_TYPES)
-    if not all(type(restarts) is int for restarts in attempt.get("launch", {"restarts": ()})["restarts"]):
-        raise ValueError(f"launch is {attempt['launch']!r}")
+    if "launch" in attempt:
+        _expect_launch(attempt["launch"])
+    if not all(rank.isdecimal() for rank in attempt.get("ranks_ended", {})):
+        raise ValueError(f"ranks_ended is {attempt['ranks_ended']!r}")
     ended = attempt.get("ended")
     for verdict in (*([] if ended is None else [ended]), *attempt.get("ranks_ended", {}).values()):
         _expect_ended(verdict)
+
+
+def _expect_launch(launch: Any) -> None:
+    _expect(launch, _LAUNCH_TYPES)
+    if not all(type(restarts) is int for restarts in launch["restarts"]):
+        raise ValueError(f"launch is {launch!r}")
+    agents = launch.get("agents", {})
+    _expect(agents, dict.fromkeys(agents, dict))
 
 
 def _expect_ended(ended: Any) -> None:

@@ -34,6 +34,8 @@ from tracelet.spool.store import (
     usage,
 )
 
+ENDED = {"status": "FINISHED", "end_unix_nano": 2}
+LAUNCH = {"world": 2, "restarts": [0, 0], "ranks": {"0": 1}}
 MANIFEST = Manifest("run-1", "project", "experiment", "name")
 
 
@@ -135,6 +137,13 @@ def test_no_damage_to_a_manifest_loses_or_changes_it(tmp_path: Path) -> None:
         {"attempts": [{"key": "k", "started_unix_nano": 1, "pid": 1, "rank": 0, "destinations": [{"kind": "file"}]}]},
         {"attempts": [{"key": "k", "started_unix_nano": 1, "pid": 1, "rank": 0, "destinations": ["file"]}]},
         {"attempts": [{"key": "k", "started_unix_nano": 1, "pid": 1, "rank": 0, "ended": {"status": "FAILED"}}]},
+        {"attempts": [{"key": "k", "started_unix_nano": 1, "pid": 1, "rank": 0, "ranks_ended": {"one": ENDED}}]},
+        {"attempts": [{"key": "k", "started_unix_nano": 1, "pid": 1, "rank": 0, "launch": LAUNCH | {"agents": []}}]},
+        {
+            "attempts": [
+                {"key": "k", "started_unix_nano": 1, "pid": 1, "rank": 0, "launch": LAUNCH | {"agents": {"a": 1}}}
+            ]
+        },
         {
             "attempts": [
                 {
