@@ -34,13 +34,14 @@ def ending_of(site: Site, reader: SpoolReader, attempt: Attempt, end: End) -> di
     assert end.decided is not None, "an end is told once it is known"
     roster = site.roster
     writers = roster.writers_of(attempt.key)
+    others = {other.rank for other in site.ends_of(attempt.key) if other.mark != end.mark}
     if end.mark != attempt.key:
         writers = mine = [writer for writer in writers if roster.opened[writer].rank == end.rank]
     else:
-        others = {other.rank for other in site.ends_of(attempt.key) if other.mark != end.mark}
         mine = [writer for writer in writers if roster.opened[writer].rank not in others]
     first = roster.first_of(attempt.key, end.rank)
-    speaks = end.rank == 0 or (end.whole and site.speaks_for(attempt))
+    # A rank 0 that came after another's end was decided speaks alone, also where that end has not been told yet.
+    speaks = end.rank == 0 or (end.whole and 0 not in others and site.speaks_for(attempt))
     return {
         "attempt": attempt.key,
         "mark": end.mark,

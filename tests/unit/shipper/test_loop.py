@@ -638,6 +638,22 @@ def test_a_rank_0_that_comes_after_anothers_end_speaks_for_the_run(bench: Bench)
     assert lane.is_done(bench.attempt.key)
 
 
+def test_a_rank_0_that_comes_after_anothers_end_speaks_alone_where_neither_was_told_yet(bench: Bench) -> None:
+    exporter = InMemoryExporter()
+    early = of_rank(bench, 1)
+    lane = bench.lane(exporter)
+    early.log("loss", 1.0, 0)
+    end(early, "FAILED")
+    bench.site.look()  # decided and written down, while the destination is away
+    zero = of_rank(bench, 0)
+    zero.log("loss", 1.0, 0)
+    end(zero, "FINISHED")
+    bench.settle(lane)
+    told = {one.status: (one.newest, one.speaks) for one in exporter.store.ends()}
+    assert told == {"FINISHED": (True, True), "FAILED": (False, False)}
+    assert lane.is_done(bench.attempt.key)
+
+
 # ---- damage ---------------------------------------------------------------------------------------------------------
 
 
