@@ -21,6 +21,7 @@ import json
 import os
 from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,8 @@ class DeadLetters:
 
     `write` returns when the lines are on the disk; where it raises, none of them is. Written again after a crash
     (`repeat=True`), a batch's lines that are already there are left out. So is what the end of an attempt tells once
-    more: a param or tag whose last line of that attempt has the same value and still waits.
+    more: a param or tag whose last line of that attempt has the same value and still waits. A tag's line waits no longer
+    than until the destination takes a newer value.
     """
 
     def __init__(self, folder: Path, destination_id: str) -> None:
@@ -173,6 +175,18 @@ class DeadLetters:
         if lines:
             _append(self._done, lines)
             self._waiting = None
+
+    def overtaken(self, tags: AbstractSet[str]) -> int:
+        """Give up what waits of these tags, of which the destination has just taken a newer value; how many lines.
+
+        Sent once more it would write an old value over a newer one. Cost: reads the file where one of them waits.
+        """
+        names = {json.dumps(key) for key in tags}
+        if not any(what == "tag" and name in names for _, what, name in self._names_waiting()):
+            return 0
+        old = [letter for letter in self.waiting() if letter.what == "tag" and _name_of(letter) in names]
+        self.mark(old)
+        return len(old)
 
     def _taken(self) -> set[str]:
         try:
@@ -267,6 +281,11 @@ def _named(line: Mapping[str, Any]) -> tuple[_Name | None, str]:
     attempt = at.get("attempt") if isinstance(at, Mapping) else None
     name, value = (json.dumps(facts[key], sort_keys=True, default=str) for key in keys)
     return (str(attempt), str(what), name), hashlib.blake2b(value.encode("ascii"), digest_size=16).hexdigest()
+
+
+def _name_of(letter: Letter) -> str:
+    name, _ = _named(letter.line)
+    return "" if name is None else name[2]
 
 
 def _content(line: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 from tracelet.errors import ConfigError, IntegrationUnavailable
 from tracelet.exporters.base import Answer, Delivered, Delivery, Exporter, Refusal, Rejected, RetryLater
 from tracelet.guard import guard, logger
-from tracelet.records import LOST, RUNNING, Batch, Heartbeat, Part
+from tracelet.records import LOST, RUNNING, AttemptEnded, Batch, Heartbeat, Part, TagsSet
 from tracelet.shipper.batches import Assembled, Gathering, assemble, empty_points
 from tracelet.shipper.deadletter import DeadLetters
 from tracelet.shipper.ends import ending_from, ending_of, word_of
@@ -384,7 +384,8 @@ class Lane:
         else:
             lost = sum(int(item.facts.get("count", 1)) for item in refused if item.what == "point")
             delivered = max(0, assembled.points - lost)
-            self._journal.ack(intent, delivered=delivered, refused=self._lettered or 0)
+            overtaken = self._letters.overtaken(_tags_taken(assembled.batch, refused))
+            self._journal.ack(intent, delivered=delivered, refused=(self._lettered or 0) - overtaken)
         self._latest.update(assembled.latest_unix_nano)
         if self._on_delivered is not None:
             self._on_delivered(self.id, assembled, letters)
@@ -477,6 +478,14 @@ class Lane:
 
 def _shows_repeats(exporter: Exporter) -> bool:
     return bool(getattr(exporter, "shows_repeats", False))
+
+
+def _tags_taken(batch: Batch, refused: tuple[Refusal, ...]) -> set[str]:
+    """Tags of which the destination now has this batch's value; none, where a refusal doesn't say which it means."""
+    records = (record for part in batch.parts for record in part.records)
+    tags = {key for record in records if isinstance(record, (TagsSet, AttemptEnded)) for key in record.tags}
+    not_taken = {item.facts.get("key") for item in refused if item.what == "tag"}
+    return set() if None in not_taken else tags - not_taken
 
 
 def _placed(refused: tuple[Refusal, ...], batch: Batch) -> tuple[Refusal, ...]:

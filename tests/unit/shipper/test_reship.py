@@ -275,6 +275,31 @@ def test_taken_letters_count_as_no_refusal_any_more_and_a_later_shipper_sends_no
     assert third.attempts == 0
 
 
+def once(folder: Path, exporter: InMemoryExporter, **options: Any) -> None:
+    """Ship what a run that goes on has so far."""
+    made = shipment(folder, {"a": exporter}, **options)
+    made.run(follow=False, stop=threading.Event(), timeout_s=20.0)
+    made.close()
+
+
+def test_an_old_value_of_a_tag_is_not_sent_over_a_newer_one_that_was_taken(tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "host-boot"
+    writer = open_writer(folder, add_attempt(folder, "a"))
+    put(writer, TagsSet(1, {"state": "old", "kept": "yes"}))
+    refused = [Refusal("tag", "no", {"key": key, "value": value}) for key, value in (("state", "old"), ("kept", "yes"))]
+    once(folder, InMemoryExporter(answers=[Rejected(tuple(refused))]))
+    assert waiting(folder) == ["state", "kept"]
+    put(writer, TagsSet(2, {"state": "new"}))
+    once(folder, InMemoryExporter())
+    assert waiting(folder) == ["kept"]
+    progress = Progress(folder)
+    progress.refresh()
+    assert progress.destinations["memory-a"].refused == 1
+    exporter = InMemoryExporter()
+    once(folder, exporter, again=True)
+    assert [record.tags for record in exporter.store.records() if isinstance(record, TagsSet)] == [{"kept": "yes"}]
+
+
 def test_without_the_wish_no_letter_leaves(folder: Path) -> None:
     exporter = InMemoryExporter()
     assert ship(folder, {"a": exporter}).complete
