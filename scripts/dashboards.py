@@ -73,9 +73,9 @@ def latest(series: str, which: str = RUN, each: str = "tracelet_run_id") -> str:
     return f"({said} and on ({attempt}) {newest} and on ({attempt}, tracelet_rank) {lowest})"
 
 
-def in_state(state: str, which: str = RUN) -> str:
-    """Newest attempts whose last word is this state."""
-    told = latest(f'tracelet_run_status{{tracelet_run_state="{state}",{which}}}', which)
+def in_state(states: str, which: str = RUN) -> str:
+    """Newest attempts whose last word is this state (or one of several, with `|` between)."""
+    told = latest(f'tracelet_run_status{{tracelet_run_state=~"{states}",{which}}}', which)
     return f"max by ({ATTEMPT}) ({told}) == 1"
 
 
@@ -837,7 +837,7 @@ def fleet_dashboard() -> Json:
     """Whether everything runs, and everything arrives."""
     page = Page()
     every = 'tracelet_run_id!=""'
-    running = in_state("RUNNING", every)
+    running = in_state("RUNNING|LOST", every)  # LOST is no end: a word of whoever ships another host's run
     heard = age(f"tracelet_run_heartbeat_seconds{{{every}}}")
     moved = age(f"tracelet_run_last_iteration_time_seconds{{{every}}}")
     alive = f"({running}) and on ({ATTEMPT}) ({heard} < 300)"

@@ -1,4 +1,4 @@
-"""Runs of every fate into a running stack: resumed, spread over hosts, killed, sent later, running, slow, silent.
+"""Runs of every fate into a running stack: resumed, spread over hosts, killed, sent later, running, slow, lost, silent.
 
 What the library's own shipper would send of them, made by its own encoder, with times of their own: nobody has to wait
 until a run is silent.
@@ -17,6 +17,7 @@ from tracelet import ids
 from tracelet.otlp import semconv
 from tracelet.otlp.plan import Ledger, heartbeat_load, plan
 from tracelet.records import (
+    LOST,
     AttemptEnded,
     Batch,
     Heartbeat,
@@ -26,6 +27,7 @@ from tracelet.records import (
     RunInfo,
     RunStarted,
     Scalar,
+    StateNoted,
     WriterOpened,
 )
 
@@ -148,7 +150,7 @@ def say_alive(stack: Stack, sent: Sent) -> None:
 def send_cohort(stack: Stack) -> Sent:
     """One run of each fate; returns when all that was sent can be asked for."""
     way = Way(stack)
-    names = ("resumed", "spread", "killed", "late", "running", "slow", "stalled", "silent")
+    names = ("resumed", "spread", "killed", "late", "running", "slow", "stalled", "lost", "silent")
     sent = Sent({name: ids.new_run_id() for name in names}, time.time() - RESUMED_AGE_S)
     # Resumed on another host and in another pod: lower values, earlier iterations, the same params.
     resumed = Rank("resumed", run_id=sent.runs["resumed"], started_s=RESUMED_AGE_S, more=pod("a"))
@@ -167,11 +169,13 @@ def send_cohort(stack: Stack) -> Sent:
         way.whole(who, status, rows, {"learning_rate": 0.2} if rank == 0 else {}, 110)
     way.whole(Rank("killed", run_id=sent.runs["killed"]), "KILLED", losses(0.7, 5), {"learning_rate": 0.1}, 120)
     way.whole(Rank("late", run_id=sent.runs["late"]), "FINISHED", losses(0.6, 5), {"epochs": 3}, 130, beats=False)
-    for name in ("running", "slow", "stalled", "silent"):
+    for name in ("running", "slow", "stalled", "lost", "silent"):
         who = Rank(name, run_id=sent.runs[name], started_s=1500)
         rows = [("val/loss", 0.5, i) for i in range(5)] if name == "slow" else losses(0.5, 5)
         way.send(who, who.part(rows=rows, ago_s=10, step_s=200 if name == "slow" else 1), Ledger())
-        way.beat(who, 0 if name in LIVING else 400, LIVING.get(name, 400))
+        told = way.beat(who, 0 if name in LIVING else 400, LIVING.get(name, 400))
+        if name == "lost":  # as whoever ships it from elsewhere says
+            way.send(who, who.part(StateNoted(now_ns(380 * S), LOST)), told)
         if name in LIVING:
             sent.living[name] = who
     # The last that was sent, on a way that keeps the order.

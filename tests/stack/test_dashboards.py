@@ -387,6 +387,7 @@ def test_a_run_is_one_row_however_many_attempts_hosts_and_ranks_it_had(cohort: S
         "running": ("RUNNING", "node-1"),
         "slow": ("RUNNING", "node-1"),
         "stalled": ("RUNNING", "node-1"),
+        "lost": ("LOST", "node-1"),
         "silent": ("RUNNING", "node-1"),
     }
 
@@ -448,7 +449,7 @@ def test_a_line_is_of_one_attempt_and_one_rank_and_is_named_as_short_as_it_can_b
     short = {name: f"{name} {run_id[:8]}" for name, run_id in cohort.runs.items()}
     resumed = [f"{short['resumed']} attempt {key}" for key in ("1111", "2222")]
     spread = [short["spread"], f"{short['spread']} rank 2", f"{short['spread']} rank 10"]
-    others = [short[name] for name in ("killed", "late", "running", "stalled", "silent")]
+    others = [short[name] for name in ("killed", "late", "running", "stalled", "lost", "silent")]
     assert {name for (name,) in lines} == {*resumed, *spread, *others}
     for (name,), line in lines.items():
         assert [x for x, _ in line] == sorted(x for x, _ in line), name
@@ -471,7 +472,7 @@ def fleet(servers: Servers, project: str | None = None) -> dict[str, float]:
 
 
 def test_the_fleet_counts_each_run_once_by_its_newest_word(cohort: Sent, servers: Servers) -> None:
-    of_cohort = {"Running": 3, "Stalled": 1, "Silent": 1, "Failed": 1, "Killed": 1, "Finished": 2}
+    of_cohort = {"Running": 3, "Stalled": 1, "Silent": 2, "Failed": 1, "Killed": 1, "Finished": 2}
     of_example = {"Running": 0, "Stalled": 0, "Silent": 0, "Failed": 1, "Killed": 0, "Finished": 2}
     assert fleet(servers, PROJECT) == of_cohort
     assert fleet(servers, "to-the-stack") == of_example

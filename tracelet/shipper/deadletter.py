@@ -92,8 +92,8 @@ class DeadLetters:
 
     `write` returns when the lines are on the disk; where it raises, none of them is. Written again after a crash
     (`repeat=True`), a batch's lines that are already there are left out. So is what the end of an attempt tells once
-    more: a param or tag whose last line of that attempt has the same value and still waits. A tag's line waits no longer
-    than until the destination takes a newer value.
+    more: a param or tag whose last line of that attempt has the same value and still waits. A tag's line waits until
+    the destination takes a newer value, and no longer.
     """
 
     def __init__(self, folder: Path, destination_id: str) -> None:
