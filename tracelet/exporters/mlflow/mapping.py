@@ -190,7 +190,8 @@ def plan_of(batch: Batch, rows: Sequence[MetricRow], params: Mapping[str, str], 
                 plan.made.ended = record
                 plan.add_params(record.params)
                 plan.add_tags(record.tags)
-                if not is_newer(tags.get(ATTEMPT_TAG), part.opened):  # else what went wrong is a newer attempt's to say
+                # What went wrong is the newest attempt's to say, and of its ranks that one's whose end is the run's.
+                if record.speaks and not is_newer(tags.get(ATTEMPT_TAG), part.opened):
                     plan.add_error(record.error)
     for key in {row[0] for row in rows if math.isinf(row[1])}:
         plan.set_tag(legal_name(INFINITE_TAG + key), _INFINITE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -106,6 +107,13 @@ def test_the_error_of_an_attempt_that_comes_late_is_not_the_runs() -> None:
     late = batch(RUN, ended("FAILED", ErrorInfo("E", "why", "")), by=opened("a" * 16, 1))
     assert not [tag for tag in plan_of(late, [], {}, {"tracelet.run.attempt": f"2-{'b' * 16}"}).tags if "error" in tag]
     assert [tag for tag in plan_of(late, [], {}, {"tracelet.run.attempt": f"1-{'a' * 16}"}).tags if "error" in tag]
+
+
+def test_the_error_of_a_rank_that_does_not_speak_for_the_run_is_not_the_runs() -> None:
+    over = ended("FAILED", ErrorInfo("E", "why", "trace"))
+    silent = dataclasses.replace(over, speaks=False)
+    assert [tag for tag in plan_of(batch(RUN, over), [], {}, {}).tags if "error" in tag]
+    assert not [tag for tag in plan_of(batch(RUN, silent), [], {}, {}).tags if "error" in tag]
 
 
 def test_an_error_becomes_tags_and_a_long_stacktrace_an_artifact() -> None:
