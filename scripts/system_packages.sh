@@ -15,6 +15,10 @@ sshd openssh-server
 ssh openssh-client
 ssh-keygen openssh-client
 setpriv util-linux
+unshare util-linux
+umount mount
+mke2fs e2fsprogs
+filefrag e2fsprogs
 mpirun.openmpi openmpi-bin
 mpirun.mpich mpich
 mkfs.xfs xfsprogs

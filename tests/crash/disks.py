@@ -63,7 +63,7 @@ PACKAGES = {
     "sshfs": "sshfs",
     "sftp-server": "openssh-sftp-server",
     "unshare": "util-linux",
-    "umount": "util-linux",
+    "umount": "mount",
     "filefrag": "e2fsprogs",
 }
 """The programs that tests with disks start, and the package of Debian and Ubuntu that has each."""
@@ -75,7 +75,9 @@ _PATH = os.pathsep.join(
 
 def program(name: str) -> str:
     """The path of a program; skips the test where it is not there (fails it where the stack is required)."""
-    return shutil.which(name, path=_PATH) or lacking(f"there is no {name} here; Debian has it in {PACKAGES[name]}")
+    return shutil.which(name, path=_PATH) or lacking(
+        f"there is no {name} here: Debian has it in {PACKAGES[name]}, which `make launchers` installs there, as root"
+    )
 
 
 class Disk:
