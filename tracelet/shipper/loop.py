@@ -332,13 +332,13 @@ class Lane:
             assembled.stamps,
             extra=assembled.extra,
         )
-        if _shows_repeats(exporter):
-            self._journal.sync()
 
     def _attempt(self, exporter: Exporter) -> float:
         assembled = self._assembled
         assert assembled is not None
         if self._refused is None:
+            if _shows_repeats(exporter):
+                self._journal.sync()  # at each try: the last one may have failed, or a shipper been killed before it
             answer: Answer = Delivered() if self._delivery is None else self._delivery.attempt()
             if isinstance(answer, RetryLater):
                 return self._later(answer)

@@ -654,6 +654,45 @@ def test_a_rank_0_that_comes_after_anothers_end_speaks_alone_where_neither_was_t
     assert lane.is_done(bench.attempt.key)
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_where_repeats_show_nothing_leaves_before_the_journal_is_on_the_disk(
+    bench: Bench, resumed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Shown(InMemoryExporter):
+        shows_repeats = True
+
+    def die(*_: object, **__: object) -> None:
+        raise OSError("killed")
+
+    memory = MemoryStore()
+    start(bench.writer)
+    bench.writer.log("loss", 1.0, 0)
+    end(bench.writer)
+    if resumed:  # an entry that a shipper left which was killed before it had flushed it
+        with monkeypatch.context() as broken:
+            broken.setattr(Journal, "ack", die)
+            killed = bench.lane(InMemoryExporter(memory))
+            bench.settle(killed)
+            killed.close()
+    before = len(memory.arrivals)
+    fails = [OSError("no"), OSError("no")]
+    seen: list[int] = []
+
+    def sync(journal: Journal) -> None:
+        if fails:
+            seen.append(len(memory.arrivals) - before)
+            raise fails.pop()
+
+    monkeypatch.setattr(Journal, "sync", sync)
+    lane = bench.lane(Shown(memory))
+    for _ in range(4):
+        bench.settle(lane)
+        bench.clock.advance(60.0)
+    assert seen == [0, 0]
+    assert lane.is_done(bench.attempt.key)
+    assert memory.unequal == []
+
+
 # ---- damage ---------------------------------------------------------------------------------------------------------
 
 
