@@ -173,6 +173,18 @@ def test_an_error_and_an_older_attempts_end_leave_what_they_should(mlflow_server
     assert len(rows_of(mlflow_server, mlflow_id(exporter), "m")) == 2
 
 
+def test_the_error_of_an_attempt_that_ends_after_a_newer_one_began_elsewhere_is_not_the_runs(
+    mlflow_server: MlflowServer, run: RunInfo
+) -> None:
+    first = opened_exporter(mlflow_server.uri, run)
+    deliver(first, batch(run, started()))
+    there = opened_exporter(mlflow_server.uri, run)
+    deliver(there, batch(run, started(), by=opened("b" * 16, START_NS + 10**10)))
+    deliver(first, batch(run, ended("FAILED", ErrorInfo("ValueError", "no such thing", "")), number=2))
+    seen = get_run(mlflow_server, mlflow_id(first))
+    assert (seen.info.status, [tag for tag in seen.data.tags if "error" in tag]) == ("RUNNING", [])
+
+
 def test_two_attempts_in_one_batch_are_one_run_begun_by_the_first_and_held_by_the_second(
     mlflow_server: MlflowServer, run: RunInfo
 ) -> None:

@@ -54,7 +54,7 @@ from tracelet.exporters.mlflow.transport import (
     first_of,
 )
 from tracelet.guard import guard
-from tracelet.records import FAILED, FINISHED, KILLED, LOST, RUNNING, Again, Batch, Part, RunStarted
+from tracelet.records import FAILED, FINISHED, KILLED, LOST, RUNNING, Again, AttemptEnded, Batch, Part, RunStarted
 
 __all__ = ["MLflowDelivery"]
 
@@ -132,6 +132,12 @@ class MLflowDelivery:
         elif attempts and "mlflow.user" not in state.tags:
             # Made at a sign before its start: what a person has set meanwhile stays.
             state.tags.update((self._transport.run(state.view.run_id) or state.view).tags)
+        ends = (record for part in self._batch.parts for record in part.records if isinstance(record, AttemptEnded))
+        if any(end.error is not None for end in ends):
+            # Whether that is the run's error: another host may have begun a newer attempt since this one was seen.
+            now = self._transport.run(self._run_id)
+            if now is not None and ATTEMPT_TAG in now.tags:
+                state.tags[ATTEMPT_TAG] = now.tags[ATTEMPT_TAG]
         # Not only by its start: over a wire an attempt may show itself by anything else first.
         for part in sorted(self._batch.parts, key=lambda part: attempt_order(part.opened)):
             self._resume(part)
