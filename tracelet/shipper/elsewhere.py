@@ -32,9 +32,10 @@ class Elsewhere:
         self._clock = clock
         self._gone = assume_dead or home.is_of_an_earlier_boot(manifest)
         self._watch = home.Watch(folder, clock=clock)
-        self._written = home.last_written_ns(folder)
+        self._written = home.written_ns(folder)
         # Who ships once has no hour to wait: what the files say of the time before this look counts too.
-        self._quiet_since = clock() - (max(0.0, (time.time_ns() - self._written) / 1e9) if self._written else 0.0)
+        last = max(self._written.values(), default=0)
+        self._quiet_since = clock() - (max(0.0, (time.time_ns() - last) / 1e9) if last else 0.0)
 
     def is_alive(self, writer: str) -> bool:
         """Whether the writer has to be taken for alive."""
@@ -52,9 +53,10 @@ class Elsewhere:
         late = self._watch.unchanged_s() >= home.LATE_S
         if self._watch.lease is not None:
             return late
-        written, now = home.last_written_ns(self._folder), self._clock()
-        if written != self._written:
-            self._written, self._quiet_since = written, now
+        written, now = home.written_ns(self._folder), self._clock()
+        if not written.items() <= self._written.items():  # else a shipper has moved some away, which is no sign of life
+            self._quiet_since = now
+        self._written = written
         return now - self._quiet_since >= home.SILENT_S
 
 

@@ -37,6 +37,7 @@ __all__ = [
     "is_of_an_earlier_boot",
     "last_written_ns",
     "read_lease",
+    "written_ns",
 ]
 
 LEASE = "lease.json"
@@ -89,15 +90,19 @@ def read_lease(folder: Path) -> Lease | None:
         return None
 
 
-def last_written_ns(folder: Path) -> int:
-    """When a writer wrote last, by its files; a mapped file's time is as of its kernel's last flush. 0: never."""
+def written_ns(folder: Path) -> dict[str, int]:
+    """When each of the writers' files was written last; a mapped file's time is as of its kernel's last flush."""
     pattern = "?" * 16 + "-*."
-    files = [*folder.glob(pattern + "points"), *folder.glob(pattern + "frames")]
-    times = []
-    for path in files:
+    times = {}
+    for path in [*folder.glob(pattern + "points"), *folder.glob(pattern + "frames")]:
         with contextlib.suppress(FileNotFoundError):  # delivered, and moved meanwhile
-            times.append(path.stat().st_mtime_ns)
-    return max(times, default=0)
+            times[path.name] = path.stat().st_mtime_ns
+    return times
+
+
+def last_written_ns(folder: Path) -> int:
+    """When a writer wrote last, by its files. 0: never."""
+    return max(written_ns(folder).values(), default=0)
 
 
 class Beat:

@@ -71,6 +71,19 @@ def test_without_a_lease_an_hour_without_a_record_is_silence_and_the_next_one_en
     assert there(folder, clock).is_silent([NOBODY])
 
 
+def test_a_file_that_is_delivered_and_moved_is_no_sign_of_life(folder: Path) -> None:
+    clock = ManualClock()
+    written(folder, 4000.0)
+    done = folder / f"{NOBODY}-000001.points"
+    done.write_bytes(b"")
+    then = time.time() - 3700.0
+    os.utime(done, (then, then))
+    elsewhere = there(folder, clock)
+    assert elsewhere.is_silent([NOBODY])
+    done.unlink()
+    assert elsewhere.is_silent([NOBODY])
+
+
 class Bench:
     """A folder whose silence a test decides, and lanes that it steps by hand."""
 
