@@ -42,8 +42,8 @@ if [ -z "$missing" ]; then
 fi
 if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null; then
     echo "Not there: $missing(names of Debian's packages). The tests that start them are skipped without." >&2
-    echo "On Debian or Ubuntu: sudo make launchers. Elsewhere: SLURM with munge, OpenSSH's server, OpenMPI, MPICH, the tools of XFS and" >&2
-    echo "btrfs, sshfs." >&2
+    echo "On Debian or Ubuntu: sudo make launchers. Elsewhere: SLURM with munge, OpenSSH's server, OpenMPI, MPICH, the tools of ext4," >&2
+    echo "XFS and btrfs, sshfs, util-linux." >&2
     exit 1
 fi
 
