@@ -87,7 +87,13 @@ class Disk:
         self.at = at
         self._kind = kind
         self.image = image
-        _mount(at, "-t", kind, "-o", "loop", str(image))
+        self._mount()
+
+    def _mount(self) -> None:
+        # XFS mounts no file system a second time, for which it would take the copy that `restart` makes, where anybody's
+        # mount namespace still holds the first.
+        options = "loop,nouuid" if self._kind == "xfs" else "loop"
+        _mount(self.at, "-t", self._kind, "-o", options, str(self.image))
 
     def lose_power(self) -> None:
         """From now on nothing reaches the disk any more: what the kernel has in memory alone is lost with `restart`.
@@ -108,7 +114,7 @@ class Disk:
         subprocess.run(["cp", "--sparse=always", str(self.image), str(copy)], check=True)
         self.image.unlink()
         os.rename(copy, self.image)
-        _mount(self.at, "-t", self._kind, "-o", "loop", str(self.image))
+        self._mount()
 
 
 @contextmanager
