@@ -90,7 +90,7 @@ class Disk:
         self._mount()
 
     def _mount(self) -> None:
-        # XFS mounts no file system a second time, for which it would take the copy that `restart` makes, where anybody's
+        # XFS mounts no file system twice, and takes the copy that `restart` makes for the first one, where anybody's
         # mount namespace still holds the first.
         options = "loop,nouuid" if self._kind == "xfs" else "loop"
         _mount(self.at, "-t", self._kind, "-o", options, str(self.image))
