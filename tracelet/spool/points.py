@@ -94,7 +94,7 @@ class Header(NamedTuple):
         if len(page) < _HEADER.size + 4 or _CRC.unpack_from(page, _HEADER.size)[0] != crc32(fields):
             return None
         magic, version, size, writer, segment, capacity, base = _HEADER.unpack(fields)
-        if magic != MAGIC:
+        if magic != MAGIC or not writer.isascii():
             return None
         if version != VERSION or size != HEADER_SIZE:
             raise SpoolFormatError(
