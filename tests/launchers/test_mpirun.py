@@ -1,7 +1,7 @@
 """Ranks that a real mpirun starts, OpenMPI's and MPICH's (Hydra, as Intel's is): one launch, one run.
 
 Pattern: mpirun starts real programs on this machine, which need no MPI of their own; their spools are read, or the
-receiver. tests/crash/test_slurm.py has the launches over several nodes. Limit: two minutes a launch.
+receiver. tests/launchers/test_slurm.py has the launches over several nodes. Limit: two minutes a launch.
 """
 
 from __future__ import annotations
