@@ -2,7 +2,7 @@
 
 torchrun: as seen in the ranks of PyTorch 2.15.0, with which tests/trainers/test_torchrun.py compares it. Ray Train: as
 seen in the workers of Ray 2.60.0, compared by tests/trainers/test_ray.py. srun and sbatch, mpirun of OpenMPI and MPICH:
-seen in SLURM 22.05, OpenMPI 4.1 and MPICH 4.0, and held by tests/launchers/test_slurm.py and tests/launchers/test_mpirun.py,
+seen in SLURM 22.05, OpenMPI 4.1 and MPICH 4.0, and held by tests/launchers/test_slurm.py and test_mpirun.py beside it,
 where they run.
 """
 

@@ -93,7 +93,11 @@ exp.stop()
     assert [name for name in loaded if name.startswith(heavy)] == []
 
 
-KILLS = [path for folder in ("crash", "launchers", "trainers") for path in sorted((ROOT / "tests" / folder).glob("test_*.py"))]
+KILLS = [
+    path
+    for folder in ("crash", "launchers", "trainers")
+    for path in sorted((ROOT / "tests" / folder).glob("test_*.py"))
+]
 
 
 @pytest.mark.parametrize("path", KILLS, ids=lambda path: path.stem)
