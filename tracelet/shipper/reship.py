@@ -200,6 +200,8 @@ def _record(letter: Letter, facts: Mapping[str, Any]) -> Record:
 
         loads_of(resource_bytes({}), [facts])  # a message that is none would be found by nobody who can pass it over
         return Again(letter.what, facts)
+    if time not in _UINT64:
+        raise ValueError("its time is none")
     match letter.what:
         case "param" if isinstance(facts["value"], (str, int, float, bool)):
             return ParamsLogged(time, {str(facts["key"]): facts["value"]})
