@@ -57,6 +57,7 @@ _TYPES: Mapping[str, tuple[type, ...]] = {  # of the fields of the records above
     "Mapping[str, Scalar]": (dict,),
     "Mapping[str, str]": (dict,),
 }
+_TIMES = range(2**64)  # what OTLP has room for; the exporters' messages raise on any other
 _VALUES: Mapping[str, tuple[type, ...]] = {
     "Mapping[str, Scalar]": (str, int, float, type(None)),
     "Mapping[str, str]": (str,),
@@ -109,6 +110,8 @@ def _check(record: Any) -> None:
         types: Any = _TYPES[str(field.type)]
         if not isinstance(value, types):
             raise TypeError(f"{field.name} is a {type(value).__name__}")
+        if field.name.endswith("_unix_nano") and value is not None and value not in _TIMES:
+            raise ValueError(f"{field.name} is {value}, which is no time in nanoseconds")
         wanted = _VALUES.get(str(field.type))
         if wanted is not None:
             for one in value.values():

@@ -20,15 +20,22 @@ FIELDS: dict[Any, st.SearchStrategy[Any]] = {
     "str": TEXT,
     "int": st.integers(-(2**63), 2**64),
     "str | None": st.none() | TEXT,
-    "int | None": st.none() | st.integers(0, 2**64),
+    "int | None": st.none() | st.integers(0, 2**64 - 1),
     "ErrorInfo | None": st.none() | st.builds(ErrorInfo, TEXT, TEXT, TEXT),
     "Mapping[str, Scalar]": st.dictionaries(TEXT, SCALARS),
     "Mapping[str, str]": st.dictionaries(TEXT, TEXT),
 }
 
 
+TIMES = st.integers(0, 2**64 - 1)
+
+
 def any_of(kind: type[Any]) -> st.SearchStrategy[Any]:
-    return st.builds(kind, **{field.name: FIELDS[field.type] for field in dataclasses.fields(kind)})
+    fields = {
+        field.name: TIMES if field.name.endswith("_unix_nano") and field.type == "int" else FIELDS[field.type]
+        for field in dataclasses.fields(kind)
+    }
+    return st.builds(kind, **fields)
 
 
 @given(st.one_of(*(any_of(kind) for kind in codec.KINDS.values())))
@@ -92,6 +99,13 @@ def test_a_kind_that_a_newer_version_added_is_passed_over() -> None:
 def test_a_payload_that_is_not_its_kind_is_named(payload: bytes) -> None:
     with pytest.raises(SpoolFormatError, match=r"a frame of kind 3 \(MetricNamed\) can't be read"):
         codec.decode(3, payload)
+
+
+@pytest.mark.parametrize("time", [-1, 2**64])
+def test_a_time_that_no_destination_has_room_for_is_named(time: int) -> None:
+    kind, payload = codec.encode(records.TagsSet(time, {"a": "b"}))
+    with pytest.raises(SpoolFormatError, match=f"time_unix_nano is {time}, which is no time in nanoseconds"):
+        codec.decode(kind, payload)
 
 
 def test_every_record_that_is_written_has_a_kind() -> None:

@@ -200,8 +200,6 @@ def _record(letter: Letter, facts: Mapping[str, Any]) -> Record:
 
         loads_of(resource_bytes({}), [facts])  # a message that is none would be found by nobody who can pass it over
         return Again(letter.what, facts)
-    if time not in _UINT64:
-        raise ValueError("its time is none")
     match letter.what:
         case "param" if isinstance(facts["value"], (str, int, float, bool)):
             return ParamsLogged(time, {str(facts["key"]): facts["value"]})
@@ -214,10 +212,13 @@ def _record(letter: Letter, facts: Mapping[str, Any]) -> Record:
         case "span":
             return SpansReceived(time, str(facts["resource_spans"]))
         case "event":
+            start, end = int(facts["start_unix_nano"]), int(facts["end_unix_nano"])
+            if start not in _UINT64 or end not in _UINT64:
+                raise ValueError(f"{start} to {end} are no times in nanoseconds")
             return AttemptEnded(
                 status=str(facts["status"]),
-                start_unix_nano=int(facts["start_unix_nano"]),
-                end_unix_nano=int(facts["end_unix_nano"]),
+                start_unix_nano=start,
+                end_unix_nano=end,
                 newest=True,
                 error=None,
                 params={},

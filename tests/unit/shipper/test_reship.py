@@ -124,6 +124,7 @@ BROKEN: list[tuple[str, dict[str, Any]]] = [
     ("param", {"key": "x", "value": None}),
     ("artifact", {"path": "x"}),
     ("event", {"status": "FAILED"}),
+    ("event", {"status": "FAILED", "start_unix_nano": 1, "end_unix_nano": 2**64}),
     ("smell", {}),
 ]
 
