@@ -284,7 +284,7 @@ class Experiment:
         Examples:
             >>> exp.log_metric("loss", 0.25, iteration=100)
         """
-        if not self._comes_later(lambda: self.log_metric(name, value, iteration)):
+        if self._run is not None or not self._comes_later(lambda: self.log_metric(name, value, iteration)):
             self._started().log(name, value, iteration)
 
     def log_metrics(self, metrics: Mapping[str, Any], iteration: int | None = None) -> None:
@@ -296,7 +296,7 @@ class Experiment:
         Examples:
             >>> exp.log_metrics({"loss": 0.25, "accuracy": 0.9}, iteration=100)
         """
-        if not self._comes_later(lambda: self.log_metrics(metrics, iteration)):
+        if self._run is not None or not self._comes_later(lambda: self.log_metrics(metrics, iteration)):
             self._started().log_many(metrics, iteration)
 
     def set_iteration(self, iteration: int) -> None:
