@@ -141,29 +141,17 @@ def test_all_that_was_acknowledged_outlives_a_kill_at_a_random_moment(
     record_property("points acknowledged, none lost", acknowledged)
 
 
-# A child for each line: warm from its parent, it lives for a few milliseconds. The first one is not killed, and tells
-# which lines there are; of what a line does many times over, any time may be the one.
+# A child for each line: warm from its parent, it lives for a few milliseconds.
 LINES = """
-import json, os, pathlib, random, signal, sys
-from collections import Counter
+import json, os, pathlib, signal, sys
 import tracelet
+from tests.crash.lines import Lines
 from tracelet.core import artifacts, claim, delivery, experiment, run, values
 from tracelet.spool import files, writer
 writer.Writer.__init__.__kwdefaults__["slots_per_segment"] = 64  # rolls come soon
 
-every, seed, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-where = tuple(sys.argv[4:] or [os.path.dirname(tracelet.__file__)])
-chance, lines = random.Random(seed), Counter()
-
-def watch(frame, event, arg):
-    if not frame.f_code.co_filename.startswith(where):
-        return None
-    if event == "line":
-        line = f"{frame.f_code.co_filename}:{frame.f_lineno}"
-        lines[line] += 1
-        if lines[line] == times and line == last:
-            os.kill(os.getpid(), signal.SIGKILL)
-    return watch
+out, where = sys.argv[3], tuple(sys.argv[4:] or [os.path.dirname(tracelet.__file__)])
+lines = Lines(where, every=int(sys.argv[1]), seed=int(sys.argv[2]))
 
 def scenario(run_id, told):
     exp = tracelet.start_logging(exp_name="lines", project="kills", backend=tracelet.File(out), run_id=run_id,
@@ -180,10 +168,10 @@ def one(run_id):
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        sys.settrace(watch)
+        sys.settrace(lines.watch)
         scenario(run_id, writing)
         sys.settrace(None)
-        pathlib.Path("lines.json").write_text(json.dumps(lines))
+        pathlib.Path("lines.json").write_text(json.dumps(lines.met))
         os._exit(0)
     os.close(writing)
     told = b""
@@ -193,13 +181,11 @@ def one(run_id):
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
     assert code in (0, -signal.SIGKILL), code
-    print(json.dumps({"run": run_id, "at": last, "time": times, "told": told.decode(), "code": code}), flush=True)
+    line = {"run": run_id, "at": lines.last, "time": lines.time, "told": told.decode(), "code": code}
+    print(json.dumps(line), flush=True)
 
-last, times = "", 0
 one("line-none")
-found = json.loads(pathlib.Path("lines.json").read_text())
-for number, last in enumerate(sorted(found)[chance.randrange(every)::every]):
-    times = 1 + chance.randrange(found[last])
+for number in lines.turns(json.loads(pathlib.Path("lines.json").read_text())):
     one(f"line-{number}")
 """
 
@@ -212,7 +198,8 @@ def killed_at_lines(
     record_property("seed", seed)
     done = subprocess.run(
         [sys.executable, str(written(tmp_path, LINES)), str(every), str(seed), str(file), *where],
-        cwd=tmp_path, capture_output=True, text=True, timeout=1800 if SOAK else 120, check=False,
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": os.getcwd()}, capture_output=True, text=True,
+        timeout=1800 if SOAK else 120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     lines: list[dict[str, Any]] = [json.loads(line) for line in done.stdout.splitlines()]

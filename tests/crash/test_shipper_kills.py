@@ -114,11 +114,11 @@ def test_shippers_killed_between_arrival_and_acknowledgement_lose_and_double_not
     assert [one["status"] for one in ends(file)] == ["FINISHED"]
 
 
-# As in tests/crash/test_kills.py: a child for each line, warm from its parent; the first one is not killed.
+# A child for each line, as in tests/crash/test_kills.py.
 LINES = """
-import json, os, pathlib, random, signal, shutil, sys, threading
-from collections import Counter
+import json, os, pathlib, shutil, sys, threading
 import tracelet
+from tests.crash.lines import Lines
 from tests.shipper_process import StoreFile
 from tests.shipping import add_attempt, end, open_writer, put, start
 from tracelet.exporters.base import Refusal, Rejected
@@ -126,9 +126,9 @@ from tracelet.records import ParamsLogged
 from tracelet.shipper import deadletter, process, reship, shipment
 from tracelet.spool import store
 
-every, seed, home = int(sys.argv[1]), int(sys.argv[2]), pathlib.Path(sys.argv[3])
+home = pathlib.Path(sys.argv[3])
 where = tuple(os.path.join(os.path.dirname(tracelet.__file__), part) for part in ("shipper", "spool"))
-chance, lines = random.Random(seed), Counter()
+lines = Lines(where, every=int(sys.argv[1]), seed=int(sys.argv[2]))
 
 class Picky:
     "It takes all but one point."
@@ -148,26 +148,16 @@ class Server(StoreFile):
     def begin(self, batch, note=None):
         return Picky(super().begin(batch, note), batch)
 
-def watch(frame, event, arg):
-    if not frame.f_code.co_filename.startswith(where):
-        return None
-    if event == "line":
-        line = f"{frame.f_code.co_filename}:{frame.f_lineno}"
-        lines[line] += 1
-        if lines[line] == times and line == last:
-            os.kill(os.getpid(), signal.SIGKILL)
-    return watch
-
 def shipped(name, mortal):
     child = os.fork()
     if child == 0:
         if mortal:
-            threading.settrace(watch)
-            sys.settrace(watch)
+            threading.settrace(lines.watch)
+            sys.settrace(lines.watch)
         code = process.main([str(home / name / "run" / "host")], build=lambda *_: Server(home / f"{name}.store"))
         sys.settrace(None)
-        if not last:
-            (home / "lines.json").write_text(json.dumps(lines))
+        if not lines.last:
+            (home / "lines.json").write_text(json.dumps(lines.met))
         os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
@@ -181,17 +171,14 @@ put(writers[0], ParamsLogged(1, {"lr": 0.1}))
 for writer in writers:
     end(writer)
 
-last, times = "", 0
 shutil.copytree(home / "made", home / "whole")
 code = shipped("whole", True)
 print(json.dumps({"name": "whole", "at": "", "codes": [code]}))
-found = json.loads((home / "lines.json").read_text())
-for number, last in enumerate(sorted(found)[chance.randrange(every)::every]):
-    times = 1 + chance.randrange(found[last])
+for number in lines.turns(json.loads((home / "lines.json").read_text())):
     name = f"at-{number}"
     shutil.copytree(home / "made", home / name)
     codes = [shipped(name, True), shipped(name, False)]
-    print(json.dumps({"name": name, "at": last, "time": times, "codes": codes}), flush=True)
+    print(json.dumps({"name": name, "at": lines.last, "time": lines.time, "codes": codes}), flush=True)
 """
 
 
