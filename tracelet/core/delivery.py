@@ -300,10 +300,8 @@ class Delivery:
     def _is_gone(self) -> bool:
         try:
             os.stat(self._folder)
-        except FileNotFoundError:
-            return True
-        except OSError:  # a disk that can't be read is not a folder that was deleted
-            return False
+        except OSError as error:  # a disk that can't be read is not a folder that was deleted
+            return isinstance(error, FileNotFoundError)
         return False
 
     def _served_here(self) -> list[str]:

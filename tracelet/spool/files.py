@@ -287,7 +287,7 @@ class FileSet:
         """How many slots were written and may not have reached the disk, as it said afterwards; and its words."""
         segment = self.segment
         if isinstance(segment, AppendedSegment) and segment.failed is not None:
-            return self._doubtful_before + segment.doubtful, segment.failed or self.failed
+            return self._doubtful_before + segment.doubtful, segment.failed
         return self._doubtful_before, self.failed
 
     def sync(self, lock: AbstractContextManager[object]) -> None:
