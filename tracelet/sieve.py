@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
-from tracelet.backends import sounds_secret, without_credentials
+from tracelet.addresses import sounds_secret, without_credentials
 
 __all__ = ["MASK", "Sieve", "SievedLines", "open_text"]
 
@@ -35,7 +35,7 @@ class Sieve:
 
     For the words of others: an exception's, a server's that repeats what it was sent, a driver's. It knows a secret as
     it is, percent-quoted, as JSON has it, and in the base64 of a user with a password, which is what HTTP sends of
-    `user:password@` in an address. `secrets` are mappings as `backends.choose` makes them.
+    `user:password@` in an address. `secrets` are mappings as `choice.choose` makes them.
 
     Never for what a user logged: that has to arrive as it is.
 
@@ -136,7 +136,7 @@ def _of_uris(text: str) -> Iterator[str]:
 
 
 def _collect(secrets: object, found: set[str]) -> None:
-    """The secret texts in what `backends.choose` calls secrets: headers' values, and credentials in addresses."""
+    """The secret texts in what `choice.choose` calls secrets: headers' values, and credentials in addresses."""
     if isinstance(secrets, str):
         found.update(_of_uris(secrets))
     elif isinstance(secrets, Mapping):

@@ -21,8 +21,9 @@ from tests.crash.test_network import Line, MlflowLine
 from tests.otlp_batches import otlp_spec
 from tests.servers import MlflowServer, Spoil, recording_proxy, rows_of
 from tests.sinks import GrpcSink, HttpSink, Received, Say, certificate
-from tracelet.backends import OTLP, Prometheus, to_destination
+from tracelet.backends import OTLP, Prometheus
 from tracelet.cli.reach import check
+from tracelet.destinations import to_destination
 from tracelet.exporters.base import Exporter
 from tracelet.exporters.mlflow.exporter import MLflowExporter
 from tracelet.exporters.otlp import OTLPExporter

@@ -24,7 +24,8 @@ from tests.mortal_shipper import logged_by_ranks, ship_with_deaths
 from tests.servers import MlflowServer, Seen, Spoil, recording_proxy, rows_of
 from tests.sinks import GrpcSink, HttpSink, Sink, attributes, until
 from tracelet import ids
-from tracelet.backends import OTLP, File, MLflow, Spec, to_destination
+from tracelet.backends import OTLP, File, MLflow, Spec
+from tracelet.destinations import to_destination
 from tracelet.spool import store
 from tracelet.spool.lease import shipper_alive
 

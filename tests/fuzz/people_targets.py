@@ -9,7 +9,7 @@ from typing import Any
 
 from tests.fuzz.target import Target, folder
 from tests.otlp_batches import START, opened
-from tracelet import backends, settings
+from tracelet import choice, settings
 from tracelet.cli.find import UsageError, chosen
 from tracelet.core import launchers
 from tracelet.core.values import check_name, check_tags, flatten_params
@@ -50,7 +50,7 @@ def _environment(data: bytes) -> None:
     environ = _variables(data)
     with suppress(ConfigError):
         found = settings.resolve({}, {}, environ=environ, cwd=Path("/nowhere"), argv=["train.py"])
-        chosen_ = backends.choose(
+        chosen_ = choice.choose(
             found.backend, tracking_uri=found.tracking_uri, environ=environ, cwd=found.cwd, settings=found
         )
         json.dumps([dict(one) for one in chosen_.destinations])  # as the manifest keeps them

@@ -15,13 +15,14 @@ from tests.recorded import LONG, decoded, record
 from tests.servers import MlflowServer, Spoil, get_run, recording_proxy, rows_of
 from tests.shipping import START_NS, until
 from tests.sinks import Received
-from tracelet import backends, ids
+from tracelet import destinations, ids
+from tracelet.backends import MLflow
 from tracelet.cli.main import main
 from tracelet.gateway.intake import Caller, Intake
 
 
 def intake_on(root: Path, server: MlflowServer, **options: Any) -> Intake:
-    destination, secrets = backends.to_destination(backends.MLflow(tracking_uri=server.uri), {}, root)
+    destination, secrets = destinations.to_destination(MLflow(tracking_uri=server.uri), {}, root)
     intake = Intake(root, [destination], {destination["id"]: secrets}, {}, **options)
     intake.start()
     return intake
@@ -172,7 +173,7 @@ def test_a_run_of_two_writers_that_was_lost_while_mlflow_was_away_is_not_lost_in
     is_away.set()
     with recording_proxy(mlflow_server.uri) as proxy:
         proxy.rule = lambda seen: away if is_away.is_set() else Spoil()
-        destination, _ = backends.to_destination(backends.MLflow(tracking_uri=proxy.uri), {}, tmp_path)
+        destination, _ = destinations.to_destination(MLflow(tracking_uri=proxy.uri), {}, tmp_path)
         clock = Ahead()
         intake = Intake(tmp_path / "root", [destination], {}, {}, clock=clock)
         intake.start()

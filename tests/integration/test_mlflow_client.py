@@ -20,7 +20,8 @@ import pytest
 
 from tests.mlflow_batches import batch, deliver, exporters_closed, opened_exporter, run_info, started
 from tests.shipper_process import REPO
-from tracelet.backends import MLflow, to_destination
+from tracelet.backends import MLflow
+from tracelet.destinations import to_destination
 from tracelet.errors import ConfigError
 from tracelet.exporters.base import Delivered, RetryLater
 from tracelet.exporters.mlflow.client import ClientTransport

@@ -14,7 +14,7 @@ from tests.sinks import until
 from tests.stack.collectors import HOUR, MINUTE, MS, Collector, Prometheus, Sender, now_ns
 from tests.stack.prometheus_server import shipped
 from tracelet.backends import Prometheus as PrometheusSpec
-from tracelet.backends import to_destination
+from tracelet.destinations import to_destination
 from tracelet.exporters.base import Delivered, Exporter, Rejected, RetryLater
 from tracelet.exporters.otlp import OTLPExporter
 from tracelet.exporters.prometheus import PrometheusExporter

@@ -17,7 +17,8 @@ from tests.servers import recording_proxy
 from tests.shipping import until
 from tests.stack.prometheus_server import shipped
 from tracelet import ids
-from tracelet.backends import Prometheus, to_destination
+from tracelet.backends import Prometheus
+from tracelet.destinations import to_destination
 from tracelet.spool import store
 from tracelet.spool.lease import shipper_alive
 

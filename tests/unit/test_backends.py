@@ -8,18 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from tracelet import backends, settings
-from tracelet.backends import (
-    OTLP,
-    Chosen,
-    Console,
-    File,
-    MLflow,
-    Prometheus,
-    parse,
-    to_destination,
-    without_credentials,
-)
+from tracelet import settings
+from tracelet.addresses import without_credentials
+from tracelet.backends import OTLP, Console, File, MLflow, Prometheus, Spec, parse
+from tracelet.choice import Chosen, _installed, choose
+from tracelet.destinations import to_destination, tracking_uri
 from tracelet.errors import ConfigError
 
 CWD = Path("/work folder")
@@ -30,7 +23,7 @@ BASE = "OTEL_EXPORTER_OTLP_ENDPOINT"
 def chosen(
     backend: object = None, uri: str | None = None, environ: dict[str, str] | None = None, *, mlflow: bool = False
 ) -> Chosen:
-    return backends.choose(backend, tracking_uri=uri, environ=environ or {}, cwd=CWD, mlflow_installed=mlflow)
+    return choose(backend, tracking_uri=uri, environ=environ or {}, cwd=CWD, mlflow_installed=mlflow)
 
 
 def kinds(choice: Chosen) -> list[str]:
@@ -98,7 +91,7 @@ def test_what_cannot_be_right_for_prometheus_is_refused(spec: Prometheus, said: 
 def test_prometheus_takes_what_is_open_from_the_settings() -> None:
     environ = {"TRACELET_PROMETHEUS_URL": "http://p:1", "TRACELET_METRIC_PREFIX": "lab.", "TRACELET_WINDOW_AGE": "2h"}
     resolved = settings.resolve({}, {}, environ=environ, cwd=Path("/"), argv=["train.py"])
-    named = backends.choose("prometheus", tracking_uri=None, environ=environ, cwd=Path("/"), settings=resolved)
+    named = choose("prometheus", tracking_uri=None, environ=environ, cwd=Path("/"), settings=resolved)
     (destination,) = named.destinations
     assert destination["spec"] == {
         "url": "http://p:1/api/v1/otlp/v1/metrics",
@@ -187,7 +180,7 @@ def test_with_nothing_named_and_no_mlflow_the_run_stays_in_the_spool_and_the_lin
 
 def test_mlflow_is_looked_up_without_importing_it() -> None:
     before = "mlflow" in sys.modules
-    choice = backends.choose(None, tracking_uri=None, environ={}, cwd=CWD)
+    choice = choose(None, tracking_uri=None, environ={}, cwd=CWD)
     assert kinds(choice) == ["mlflow"]
     assert ("mlflow" in sys.modules) == before
 
@@ -195,7 +188,7 @@ def test_mlflow_is_looked_up_without_importing_it() -> None:
 def test_a_folder_that_is_merely_called_mlflow_is_not_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "some_folder_of_ours").mkdir()
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert not backends._installed("some_folder_of_ours")
+    assert not _installed("some_folder_of_ours")
 
 
 def test_a_named_backend_wins_over_the_environment() -> None:
@@ -274,8 +267,8 @@ def test_credentials_leave_the_destination_and_can_be_put_back(uri: str, public:
     destination, secrets = to_destination(MLflow(uri), {}, CWD)
     assert destination["spec"]["tracking_uri"] == public
     assert "s3cret" not in json.dumps(destination)
-    assert backends.tracking_uri(destination, secrets) == uri
-    assert backends.tracking_uri(destination, {}) == public
+    assert tracking_uri(destination, secrets) == uri
+    assert tracking_uri(destination, {}) == public
 
 
 def test_otlps_headers_and_credentials_are_secrets() -> None:
@@ -319,7 +312,7 @@ def test_grpc_takes_a_bare_host_and_port() -> None:
 
 
 def test_the_id_is_of_the_address_and_not_of_its_credentials_or_timeout() -> None:
-    def one(spec: backends.Spec) -> str:
+    def one(spec: Spec) -> str:
         return str(to_destination(spec, {}, CWD)[0]["id"])
 
     assert one(MLflow("http://a:1@m")) == one(MLflow("http://m"))

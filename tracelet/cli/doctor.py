@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tracelet import backends, launch, settings
+from tracelet import choice, launch, settings
+from tracelet.addresses import without_credentials
 from tracelet.cli import reach
 from tracelet.cli.facts import address
 from tracelet.cli.find import add_dir
@@ -160,7 +161,7 @@ def _value(resolved: settings.Settings, name: str) -> str | None:
         return f"{age(value.max_age_s)}, {size(value.max_bytes)}"
     if name == "max_bytes":
         return size(float(str(value)))
-    return backends.without_credentials(value) if name == "tracking_uri" and isinstance(value, str) else str(value)
+    return without_credentials(value) if name == "tracking_uri" and isinstance(value, str) else str(value)
 
 
 def _variables(report: Report, environ: Mapping[str, str]) -> None:
@@ -222,7 +223,7 @@ def _spool(report: Report, folder: Path) -> None:
 
 def _destinations(report: Report, resolved: settings.Settings, offline: bool) -> list[object]:
     try:
-        chosen = backends.choose(
+        chosen = choice.choose(
             resolved.backend,
             tracking_uri=resolved.tracking_uri,
             environ=resolved.environ,

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from tracelet.backends import is_by_client, tracking_uri, without_credentials
+from tracelet.addresses import without_credentials
+from tracelet.destinations import is_by_client, tracking_uri
 from tracelet.errors import TraceletError
 
 __all__ = ["TIMEOUT_S", "Reach", "check"]

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tracelet import backends, settings
+from tracelet import choice, settings
 from tracelet.cli import deadletters
 from tracelet.cli.facts import LOST, RUNNING, Destination, Facts, look
 from tracelet.cli.find import UsageError, add_dir, all_runs, chosen, short_ids
@@ -141,7 +141,7 @@ def _seconds(text: str) -> float:
         raise UsageError(f"--timeout is {text!r}, but has to be {error}") from None
 
 
-def _named(to: Sequence[str], resolved: Settings) -> backends.Chosen | None:
+def _named(to: Sequence[str], resolved: Settings) -> choice.Chosen | None:
     """The destinations that `--to` names; None if it names none."""
     if not to:
         return None
@@ -149,7 +149,7 @@ def _named(to: Sequence[str], resolved: Settings) -> backends.Chosen | None:
     wrong = next((name for name in names if name not in WHERE), None)
     if wrong is not None or not names:
         raise UsageError(f"--to {wrong or ''!r} can't be shipped to: use {', '.join(WHERE)}")
-    return backends.choose(names, tracking_uri=None, environ=resolved.environ, cwd=resolved.cwd, settings=resolved)
+    return choice.choose(names, tracking_uri=None, environ=resolved.environ, cwd=resolved.cwd, settings=resolved)
 
 
 class Job:
@@ -159,7 +159,7 @@ class Job:
         self,
         resolved: Settings,
         *,
-        named: backends.Chosen | None,
+        named: choice.Chosen | None,
         until: float | None,
         assume_dead: bool = False,
         again: bool = False,
@@ -218,9 +218,9 @@ class Job:
             _write_down(facts.folder, new)
         return named.secrets
 
-    def _from_environment(self, facts: Facts) -> backends.Chosen:
+    def _from_environment(self, facts: Facts) -> choice.Chosen:
         resolved = self._settings
-        named = backends.choose(
+        named = choice.choose(
             resolved.backend,
             tracking_uri=resolved.tracking_uri,
             environ=resolved.environ,

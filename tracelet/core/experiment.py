@@ -11,7 +11,7 @@ from time import time_ns
 from types import TracebackType
 from typing import Any
 
-from tracelet import backends, settings
+from tracelet import choice, destinations, settings
 from tracelet.core import process, spans, values
 from tracelet.core.delivery import Stats
 from tracelet.core.process import Ending
@@ -213,14 +213,14 @@ class Experiment:
         self._adopt(run)
         logger.info("run %s (%s): %s", run.ticket.run_id, resolved.experiment_name, chosen.why)
 
-    def check(self) -> tuple[settings.Settings, backends.Chosen]:
+    def check(self) -> tuple[settings.Settings, choice.Chosen]:
         """Read the settings and choose the destinations, without starting anything.
 
         Raises:
             ConfigError: a setting that can't be right.
         """
         resolved = settings.from_process(self._arguments, self.config.as_settings())
-        chosen = backends.choose(
+        chosen = choice.choose(
             resolved.backend,
             tracking_uri=resolved.tracking_uri,
             environ=resolved.environ,
@@ -471,7 +471,7 @@ class Experiment:
                 f" `tracelet ship {run.folder}` says why",
                 run_id=run.ticket.run_id,
             )
-        uri = backends.tracking_uri(found[0], run.ticket.secrets)
+        uri = destinations.tracking_uri(found[0], run.ticket.secrets)
         with active.active_run(uri, run_id) as theirs:
             yield theirs
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from tracelet.backends import without_credentials
+from tracelet.addresses import without_credentials
 from tracelet.exporters.artifact_names import EVENT_HEADER, WHY_HEADER, event_mark, gateway_uri, plain_name
 from tracelet.exporters.artifact_place import NeverTaken, Waiting
 from tracelet.exporters.original import Original

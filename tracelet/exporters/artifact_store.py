@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
-from tracelet.backends import without_credentials
+from tracelet.addresses import without_credentials
 from tracelet.errors import ConfigError
 from tracelet.exporters.artifact_names import store_path
 from tracelet.exporters.artifact_place import Place, Waiting

@@ -25,7 +25,7 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportM
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 from opentelemetry.sdk.metrics.export import MetricsData
 
-from tracelet.backends import without_credentials
+from tracelet.addresses import without_credentials
 from tracelet.exporters.otlp_wire import WIRE_HEADER, Options, Reply, redacted_headers, said, suppressed
 from tracelet.exporters.retry_after import retry_after
 

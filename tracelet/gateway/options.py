@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from tracelet import backends
+from tracelet import destinations
+from tracelet.addresses import without_credentials
+from tracelet.backends import MLflow
 from tracelet.errors import ConfigError
 from tracelet.settings import Setting, parse_duration, parse_size
 
@@ -59,7 +61,7 @@ def _text(value: object) -> str:
 
 
 def _web_address(value: object) -> str:
-    address = backends.without_credentials(_text(value)).rstrip("/")  # everybody is told it
+    address = without_credentials(_text(value)).rstrip("/")  # everybody is told it
     parts = urlsplit(address)
     if (
         parts.scheme not in ("http", "https")
@@ -393,7 +395,7 @@ def destination(options: Options, environ: Mapping[str, str]) -> tuple[dict[str,
     Raises:
         ConfigError: an address that can't be right.
     """
-    found, secrets = backends.to_destination(backends.MLflow(tracking_uri=options.mlflow), environ, Path.cwd())
+    found, secrets = destinations.to_destination(MLflow(tracking_uri=options.mlflow), environ, Path.cwd())
     spec = {
         **found["spec"],
         "artifact_dir": str(options.dir / "artifacts"),

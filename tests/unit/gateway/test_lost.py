@@ -139,6 +139,7 @@ def test_a_run_that_cannot_be_noted_as_lost_now_is_noted_later_and_the_house_is_
     memory, clock = Memory(), Clock()
     with started(tmp_path, memory, clock=clock, lost_after_s=100.0) as intake:
         take(intake, arrival(points=[("a", 1.0, 1)]))
+        until(lambda: memory.points("run-1"))  # it is being shipped: a damaged manifest would put that off by a minute
         (manifest,) = tmp_path.rglob("manifest.json")
         whole = {path: path.read_bytes() for path in manifest.parent.glob("manifest*json*")}
         for path in whole:

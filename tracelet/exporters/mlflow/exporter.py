@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from tracelet.backends import is_by_client, tracking_uri, without_credentials
+from tracelet.addresses import without_credentials
+from tracelet.destinations import is_by_client, tracking_uri
 from tracelet.exporters.base import Answer, Delivered, Delivery, RetryLater
 from tracelet.exporters.mlflow.artifacts import ArtifactStore
 from tracelet.exporters.mlflow.connection import Connection

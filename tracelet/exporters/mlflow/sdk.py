@@ -12,7 +12,8 @@ from opentelemetry.sdk.metrics.export import MetricExporter, MetricExportResult
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
 from tracelet import settings
-from tracelet.backends import MLflow, to_destination
+from tracelet.backends import MLflow
+from tracelet.destinations import to_destination
 from tracelet.exporters.mlflow.sdk_runs import Missing, Runs, leave, shared
 from tracelet.guard import guard, logger
 from tracelet.otlp.decode import Decoded, decode_logs, decode_metrics, decode_traces

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from tracelet.backends import without_credentials
+from tracelet.addresses import without_credentials
 from tracelet.exporters.mlflow.limits import SQL_INFINITY
 from tracelet.exporters.mlflow.transport import ExperimentView, MetricRow, NotNow, Refused, RunView, Unclear
 
