@@ -13,6 +13,7 @@ import sqlite3
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -87,6 +88,17 @@ exp.stop()
 )
 
 
+Record = Callable[[str, object], None]
+
+
+def remember(record: Record, logged: object, samples: list[list[int]]) -> None:
+    """For the page of the long runs; samples are of training and of its shipper, in bytes."""
+    record("points", logged)
+    record("most MB of training", max(training for training, *_ in samples) // 1_000_000)
+    if len(samples[0]) > 1:
+        record("most MB of the shipper", max(shipper for _, shipper in samples) // 1_000_000)
+
+
 def run(program: str, *arguments: str, cwd: Path, limit_s: float = LIMIT_S) -> list[object]:
     command = [sys.executable, "-c", program, *arguments]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=limit_s, check=False)
@@ -95,10 +107,13 @@ def run(program: str, *arguments: str, cwd: Path, limit_s: float = LIMIT_S) -> l
     return found
 
 
-def test_points_without_a_destination_are_all_there_and_take_no_memory(tmp_path: Path, clean_environment: Path) -> None:
+def test_points_without_a_destination_are_all_there_and_take_no_memory(
+    tmp_path: Path, clean_environment: Path, record_property: Record
+) -> None:
     logged, refused, samples = run(PLENTY, str(POINTS), cwd=tmp_path)
     assert (logged, refused) == (POINTS, 0)
     assert isinstance(samples, list)
+    remember(record_property, logged, [[one] for one in samples])
     assert max(samples[5:]) - samples[4] < 4_000_000  # mapped segments that are full are given back
     folder = folder_of(clean_environment)
     assert usage(folder) < 32 * POINTS * 1.1 + 2_000_000
@@ -122,11 +137,14 @@ def count(folder: Path) -> int:
             total += len(iterations)
 
 
-def test_very_many_names_arrive_and_memory_stays_where_it_is(tmp_path: Path, clean_environment: Path) -> None:
+def test_very_many_names_arrive_and_memory_stays_where_it_is(
+    tmp_path: Path, clean_environment: Path, record_property: Record
+) -> None:
     out = tmp_path / "out.jsonl"
     logged, shipped, samples = run(NAMED, str(NAMES), "12", str(out), cwd=tmp_path)
     assert logged == shipped == 12 * NAMES
     assert isinstance(samples, list)
+    remember(record_property, logged, samples)
     for which in (0, 1):  # training, and the shipper
         assert samples[-1][which] - samples[4][which] < 3_000_000 + 100 * NAMES  # flat from the fourth turn on
     folder = folder_of(clean_environment)
@@ -137,7 +155,12 @@ def test_very_many_names_arrive_and_memory_stays_where_it_is(tmp_path: Path, cle
 
 @pytest.mark.parametrize("kind", ["server", "sqlite"])
 def test_very_many_names_are_all_at_an_otlp_receiver_and_in_mlflow_once(
-    tmp_path: Path, clean_environment: Path, otlp_sink: HttpSink, mlflow_server: MlflowServer, kind: str
+    tmp_path: Path,
+    clean_environment: Path,
+    otlp_sink: HttpSink,
+    mlflow_server: MlflowServer,
+    kind: str,
+    record_property: Record,
 ) -> None:
     """One destination is quick, the other slow, and each has to remember every name for the end of its series."""
     database = tmp_path / "mlflow.db" if kind == "sqlite" else mlflow_server.database
@@ -146,6 +169,7 @@ def test_very_many_names_are_all_at_an_otlp_receiver_and_in_mlflow_once(
     logged, _, samples = run(NAMED, str(NAMES), "4", otlp_sink.url, address, cwd=tmp_path, limit_s=limit_s)
     assert logged == 4 * NAMES
     assert isinstance(samples, list)
+    remember(record_property, logged, samples)
     for which in (0, 1):  # training, and the shipper
         assert samples[-1][which] - samples[1][which] < 10_000_000 + 200 * NAMES, samples
     folder = folder_of(clean_environment)
@@ -192,7 +216,9 @@ sys.stdin.readline()
 )
 
 
-def test_memory_stays_where_it_is_beside_destinations_that_hang_while_another_is_served(tmp_path: Path) -> None:
+def test_memory_stays_where_it_is_beside_destinations_that_hang_while_another_is_served(
+    tmp_path: Path, record_property: Record
+) -> None:
     """They take the connection and never say a word; what waits for them waits on the disk."""
     with Wire(1) as http, Wire(1) as grpc, Wire(1) as mlflow:
         wires = (http, grpc, mlflow)
@@ -211,5 +237,6 @@ def test_memory_stays_where_it_is_beside_destinations_that_hang_while_another_is
             logged, refused, served, samples = json.loads(said(program))
             assert (logged, refused) == (8 * BESIDE_POINTS, 0)
             assert [one.partition("-")[0] for one in served] == ["file"]
+            remember(record_property, logged, samples)
             for which in (0, 1):  # training, and the shipper
                 assert samples[-1][which] - samples[2][which] < 6_000_000, samples
