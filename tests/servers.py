@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -255,11 +255,13 @@ class Spoil:
     """What to do with a request: forward it or not, and what the client gets for it.
 
     `answer` None and `hang_up` False: the server's own answer. `hang_up`: the connection ends without one.
+    `carried_out`: called once the server has answered, before the client hears of it.
     """
 
     forward: bool = True
     hang_up: bool = False
     answer: tuple[int, bytes, dict[str, str]] | None = None
+    carried_out: Callable[[], None] | None = None
 
 
 @dataclass(slots=True)
@@ -301,9 +303,12 @@ def recording_proxy(upstream: str, tls: ssl.SSLContext | None = None) -> Iterato
                 status, content = reply.status, reply.read()
                 headers = {k: v for k, v in reply.getheaders() if k.lower() in ("content-type", "retry-after")}
                 connection.close()
+                if spoil.carried_out is not None:
+                    spoil.carried_out()
             if spoil.hang_up:
                 self.close_connection = True
-                self.connection.shutdown(socket.SHUT_RDWR)
+                with suppress(OSError):  # who asked may be gone
+                    self.connection.shutdown(socket.SHUT_RDWR)
                 return
             if spoil.answer is not None:
                 status, content, headers = spoil.answer

@@ -305,25 +305,26 @@ while True:
 """
 
 
-@pytest.mark.parametrize(
-    ("seldom", "pause"),
-    [
-        ("exp.set_iteration(step)", 0.05),
-        ("exp.set_tags({'at': str(step)})", 0.05),
-        ("exp.log_metric(f'new{step}', 0, iteration=0)", 0.05),
-        ("pass", 0.00001),
-    ],
-    ids=["iterations", "records", "new names", "full segments"],
-)
-def test_a_shipper_killed_while_training_goes_on_is_replaced_meanwhile(
-    sink: HttpSink, clean_environment: Path, seldom: str, pause: float
-) -> None:
-    run_id = "replaced"
+WHILE_IT = {
+    "sets-iterations": ("exp.set_iteration(step)", 0.05),
+    "writes-records": ("exp.set_tags({'at': str(step)})", 0.05),
+    "brings-names": ("exp.log_metric(f'new{step}', 0, iteration=0)", 0.05),
+    "fills-segments": ("pass", 0.00001),
+}
+
+
+def test_a_shipper_killed_while_training_goes_on_is_replaced_meanwhile(sink: HttpSink, clean_environment: Path) -> None:
+    with ThreadPoolExecutor(len(WHILE_IT)) as pool:  # each mostly waits, so all do at the same time
+        list(pool.map(lambda run_id: replaced(sink, clean_environment, run_id), WHILE_IT))
+
+
+def replaced(sink: HttpSink, spool: Path, run_id: str) -> None:
+    seldom, pause = WHILE_IT[run_id]
     code = REPLACED.format(seldom=seldom, pause=pause)
     program = subprocess.Popen([sys.executable, "-c", code, run_id])
     try:
         until(lambda: bool(sink.points(run_id)), 60)
-        folder = folder_of(clean_environment, run_id)
+        folder = folder_of(spool, run_id)
         first = shipper_alive(folder)
         assert first is not None
         os.kill(first, signal.SIGKILL)

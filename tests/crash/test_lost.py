@@ -1,7 +1,8 @@
 """A run on another host of which nothing is heard: LOST in MLflow and the status gauge, no end, and taken back.
 
 Pattern: real programs on a host of their own (a name and a boot), killed with their shipper; who ships is on this one.
-Silence of an hour is made by the times of files. Limit: two minutes a test.
+Silence of an hour is made by the times of files, that of a shipper by a clock four times as fast. Limit: two minutes a
+test.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from tests import hosts
+from tests.crash.clocks import other_clocks
 from tests.gateway_process import GatewayProcess
 from tests.programs import said, started
 from tests.servers import MlflowServer, Run, run_of
@@ -119,11 +121,13 @@ def test_silence_of_an_hour_is_told_is_no_end_and_is_taken_back_by_the_next_reco
 
 
 @contextmanager
-def following(folder: Path, *words: str) -> Iterator[subprocess.Popen[bytes]]:
+def following(folder: Path, *words: str, **environ: str) -> Iterator[subprocess.Popen[bytes]]:
     """`tracelet ship --follow` on this host."""
     with (folder / "follow.log").open("ab") as log:
         command = [sys.executable, "-m", "tracelet", "ship", "--follow", *words]
-        process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env={**os.environ, **environ}
+        )
     try:
         yield process
     finally:
@@ -151,7 +155,7 @@ def test_a_lease_that_is_missed_is_told_before_the_third_ends_the_run(
         os.kill(shipper, signal.SIGKILL)
         program.kill()
         program.wait(30)
-    with following(tmp_path, run_id):
+    with following(tmp_path, run_id, **other_clocks(tmp_path / "clocks", faster=4)):
         until(lambda: states(otlp_sink, run_id)[-1:] == ["KILLED"], 120)
         assert states(otlp_sink, run_id) == ["RUNNING", "LOST", "KILLED"]
         until(lambda: seen(mlflow_server, run_id) == ("KILLED", None), 60)

@@ -181,7 +181,7 @@ def test_a_later_row_of_somebody_else_hides_neither_that_rows_arrived_nor_that_t
                 pid = shipper_alive(folder)
                 assert pid is not None
                 os.kill(pid, signal.SIGKILL)
-                return Spoil() if came else Spoil(forward=False, hang_up=True)
+                return Spoil(forward=came, hang_up=True)
             if struck and not theirs:
                 run_id = json.loads(struck[0])["run_id"]
                 if came:
