@@ -44,6 +44,9 @@ SEGMENT_BYTES = HEADER_SIZE + SLOTS * SLOT_SIZE
 PENS = 256
 """Ranks of a run whose files are open at once; the one that has been quiet longest gives way."""
 
+SPOKE_NS = 90 * 10**9
+"""How long a rank counts as heard of after its last word: three heartbeats."""
+
 _WITNESSES = {"span": 1, "status": 2, "event": 3}  # the better one tells more: the event alone has the error whole
 
 _Rank = tuple[str, int, str]
@@ -108,6 +111,7 @@ class RunSpool:
         if not self._new_files:
             self._latest.learn(self._records())
         self.heard = time.monotonic()
+        self._sign: tuple[str, int] | None = None  # the last one of the newest attempt: from which rank, and when
         self.is_closed = False
 
     def _records(self) -> Iterator[Record]:
@@ -186,7 +190,10 @@ class RunSpool:
             known = self.manifest.attempt(arrival.attempt_key)
             if known is not None and arrival.lost and not substance and arrival.ended is None:
                 # Of an attempt that is no more the newest it says nothing about the run.
-                return Stored(anything=known == self.manifest.newest and self.note_lost())
+                says = known == self.manifest.newest and not self._another_lives(arrival)
+                return Stored(anything=says and self.note_lost())
+            if known is not None and known == self.manifest.newest:
+                self._sign = arrival.instance_id, self._terms.time_ns()
             if known is not None and not substance and not self._tells_more(known, arrival) and not self.is_lost:
                 return Stored()
             rank = (arrival.attempt_key, arrival.rank, arrival.instance_id)
@@ -356,6 +363,12 @@ class RunSpool:
                 self._open(rank, opened)
             self._note(self._pens[rank].files, LOST)
             return True
+
+    def _another_lives(self, arrival: Arrival) -> bool:
+        """Whether another rank spoke a moment ago: whoever says that the run is LOST sees one host's folder alone."""
+        if self._sign is None or self._sign[0] == arrival.instance_id:
+            return False
+        return self._terms.time_ns() - self._sign[1] < SPOKE_NS
 
     def _note(self, files: FileSet, state: str) -> None:
         # They stand with different writers, and by their times the later one counts: over a clock set back, too.

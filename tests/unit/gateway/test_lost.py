@@ -95,6 +95,25 @@ def test_a_sender_that_calls_its_run_lost_is_believed_and_is_no_sign_of_life(tmp
         assert intake.run_info().lost == 0
 
 
+def test_a_run_is_not_lost_while_a_rank_on_another_host_speaks(tmp_path: Path) -> None:
+    """The shipper of rank 0's folder, which is silent, says LOST every 30 s; rank 4's heartbeats come in between."""
+    memory, clock = Memory(), Clock()
+    silent = replace(arrival(), lost=True)
+    with started(tmp_path, memory, clock=clock) as intake:
+        take(intake, arrival(points=[("a", 1.0, 1)]))
+        take(intake, arrival(rank=4, points=[("a", 1.0, 1)]))
+        for _ in range(4):
+            take(intake, arrival(rank=4))
+            clock.ahead_s += 30.0
+            take(intake, silent)
+            assert intake.run_info().lost == 0
+        clock.ahead_s += 60.0
+        take(intake, silent)
+        until(lambda: states(memory) == [LOST])
+        take(intake, arrival(rank=4))
+        until(lambda: states(memory) == [LOST, RUNNING])
+
+
 def test_a_run_that_has_ended_is_never_lost(tmp_path: Path) -> None:
     memory, clock = Memory(), Clock()
     with started(tmp_path, memory, clock=clock, lost_after_s=100.0) as intake:
