@@ -72,7 +72,10 @@ class Row:
 
     def line(self, made: str) -> str:
         """The row of the table."""
-        did = ", ".join(f"{value:,} {name}" for name, value in self.counted.items())
+        did = ", ".join(
+            f"at most {value:,} {name[5:]}" if name.startswith("most ") else f"{value:,} {name}"
+            for name, value in self.counted.items()
+        )
         did = did or ("1 case" if self.cases == 1 else f"{self.cases} cases")
         result = f"**{self.failed} of {self.cases} failed**" if self.failed else "held"
         minutes = f"{int(self.seconds) // 60}:{int(self.seconds) % 60:02}"
@@ -113,7 +116,7 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory() as place:
         junit = Path(place) / "junit.xml"
         made = made_of(datetime.now(UTC))
-        command = [sys.executable, "-m", "pytest", "-v", f"--junitxml={junit}", "-o", "junit_family=xunit1"]
+        command = [sys.executable, "-m", "pytest", "-v", f"--junitxml={junit}"]
         done = subprocess.run(
             [*command, *(arguments or FOLDERS)], cwd=ROOT, env=os.environ | {"TRACELET_SOAK": "1"}, check=False
         )

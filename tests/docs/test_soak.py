@@ -43,7 +43,7 @@ def run(folder: Path, *arguments: str) -> list[soak.Row]:
 
 def test_the_page_adds_up_what_the_cases_of_a_test_counted_and_hides_no_failure(tmp_path: Path) -> None:
     page = soak.page("", run(tmp_path), "today")
-    assert "| `tests/test_small.py::test_counts` | 50 kills, 30 most MiB | 0:00 | held | today |" in page
+    assert "| `tests/test_small.py::test_counts` | 50 kills, at most 30 MiB | 0:00 | held | today |" in page
     assert "| `tests/test_small.py::test_falls` | 1 case | 0:00 | **1 of 1 failed** | today |" in page
     assert "test_is_short" not in page
     assert "test_lacks_something" not in page
