@@ -13,7 +13,7 @@ from tests.mlflow_batches import batch, deliver, ended, exporters_closed, opened
 from tests.servers import MlflowServer
 from tracelet.errors import ExportError
 from tracelet.exporters.mlflow.active import active_run
-from tracelet.exporters.mlflow.store import quiet_mlflow
+from tracelet.exporters.mlflow.native import quiet_mlflow
 
 __all__ = ["exporters_closed"]
 

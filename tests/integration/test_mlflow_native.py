@@ -17,7 +17,7 @@ import pytest
 from tests.mlflow_batches import START_NS, batch, deliver, ended, exporters_closed, opened_exporter, run_info, started
 from tests.servers import MlflowServer
 from tracelet.collectors import environment
-from tracelet.exporters.mlflow.store import quiet_mlflow
+from tracelet.exporters.mlflow.native import quiet_mlflow
 from tracelet.records import ArtifactLogged, ParamsLogged, TagsSet
 
 __all__ = ["exporters_closed"]

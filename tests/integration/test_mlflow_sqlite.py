@@ -27,7 +27,7 @@ from tests.mlflow_batches import (
 )
 from tracelet.exporters.base import Delivered, Rejected, RetryLater
 from tracelet.exporters.mlflow.exporter import MLflowExporter
-from tracelet.exporters.mlflow.store import quiet_mlflow
+from tracelet.exporters.mlflow.native import quiet_mlflow
 from tracelet.records import ArtifactLogged, ParamsLogged, RunInfo, TagsSet
 
 __all__ = ["exporters_closed"]

@@ -12,12 +12,11 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 from tracelet.exporters.mlflow.limits import SQL_INFINITY
-from tracelet.exporters.mlflow.store import quiet_mlflow, run_view
+from tracelet.exporters.mlflow.native import NativeTransport, quiet_mlflow, run_view
 from tracelet.exporters.mlflow.traces import NO_TRACES
-from tracelet.exporters.mlflow.transport import ExperimentView, MetricRow, NotNow, Refused, RunView, Unclear
+from tracelet.exporters.mlflow.transport import MetricRow, NotNow, Refused, RunView, Unclear
 
 __all__ = ["ClientTransport"]
 
@@ -45,12 +44,11 @@ def _no_patience() -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-class ClientTransport:
-    """`mlflow.MlflowClient` as a `Transport`; `shown` is the address without credentials."""
+class ClientTransport(NativeTransport):
+    """`mlflow.MlflowClient` as a `Transport`."""
 
     def __init__(self, uri: str, shown: str) -> None:
-        self._uri = uri
-        self._shown = shown
+        super().__init__(uri, shown)
         self._made: Any = None
 
     @property
@@ -77,11 +75,6 @@ class ClientTransport:
                 raise NotNow(f"mlflow can't use {self._shown}: {said}", loud=True) from error
         return self._made
 
-    def _words(self, error: Exception) -> str:
-        text = " ".join(str(error).split())[:500]
-        password = urlsplit(self._uri).password
-        return f"{type(error).__name__}: {text.replace(password, '***') if password else text}"
-
     def _do(self, action: Callable[[Any], _T]) -> _T:
         """Run `action` on the client; its failures in our words."""
         client = self.client
@@ -99,33 +92,7 @@ class ClientTransport:
                 raise Unclear(f"{self._shown} is busy or gone: {self._words(error)}") from error
             raise Refused(str(code), self._words(error)) from error
 
-    def _read(self, action: Callable[[Any], _T]) -> _T:
-        try:
-            return self._do(action)
-        except Unclear as error:
-            raise NotNow(error.reason) from error
-
     # ---- Transport -----------------------------------------------------------------------------------------------
-
-    def experiment_by_name(self, name: str) -> ExperimentView | None:
-        """Deleted ones too, where the store tells of them."""
-        try:
-            found = self._read(lambda client: client.get_experiment_by_name(name))
-        except Refused as no:
-            if no.code == "RESOURCE_DOES_NOT_EXIST":
-                return None
-            raise
-        if found is None:
-            return None
-        return ExperimentView(str(found.experiment_id), found.lifecycle_stage == "deleted")
-
-    def create_experiment(self, name: str) -> None:
-        """Somebody else's creation at the same moment is as good."""
-        try:
-            self._do(lambda client: client.create_experiment(name))
-        except Refused as no:
-            if no.code != "RESOURCE_ALREADY_EXISTS":
-                raise
 
     def runs_with_tag(self, experiment_id: str, key: str, value: str) -> Sequence[RunView]:
         """One search."""
@@ -145,15 +112,6 @@ class ClientTransport:
         return run_view(
             self._do(lambda c: c.create_run(experiment_id, start_time=start_time, tags=with_user, run_name=run_name))
         )
-
-    def run(self, run_id: str) -> RunView | None:
-        """One request."""
-        try:
-            return run_view(self._read(lambda client: client.get_run(run_id)))
-        except Refused as no:
-            if no.code == "RESOURCE_DOES_NOT_EXIST":
-                return None
-            raise
 
     def log_metrics(self, run_id: str, rows: Sequence[MetricRow]) -> None:
         """One request."""
@@ -194,10 +152,6 @@ class ClientTransport:
             self._do(lambda client: client.update_run(run_id, status=status))
         else:
             self._do(lambda client: client.set_terminated(run_id, status, end_time))
-
-    def delete_run(self, run_id: str) -> None:
-        """One request."""
-        self._do(lambda client: client.delete_run(run_id))
 
     def has_metric_row(self, run_id: str, row: MetricRow) -> bool:
         """Reads the key's whole history."""

@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,29 +19,14 @@ from urllib.parse import urlsplit
 
 from tracelet.addresses import without_credentials
 from tracelet.exporters.mlflow.limits import SQL_INFINITY
-from tracelet.exporters.mlflow.transport import ExperimentView, MetricRow, NotNow, Refused, RunView, Unclear
+from tracelet.exporters.mlflow.native import NativeTransport, quiet_mlflow, run_view
+from tracelet.exporters.mlflow.transport import MetricRow, NotNow, Refused, RunView, Unclear
 
-__all__ = ["DatabaseTransport", "artifact_repository", "quiet_mlflow", "run_view"]
+__all__ = ["DatabaseTransport", "artifact_repository"]
 
 _T = TypeVar("_T")
 _ANALYZE_FROM_ROWS = 50_000
 _HISTORY_PAGE = 25_000
-
-
-@contextmanager
-def quiet_mlflow() -> Iterator[None]:
-    """Import mlflow inside: without its telemetry, and without the warnings that its packages give on import."""
-    before = os.environ.get("MLFLOW_DISABLE_TELEMETRY")
-    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        if before is None:
-            del os.environ["MLFLOW_DISABLE_TELEMETRY"]
-        else:
-            os.environ["MLFLOW_DISABLE_TELEMETRY"] = before
 
 
 @contextmanager
@@ -75,12 +59,13 @@ def artifact_repository(artifact_uri: str, tracking_uri: str | None = None) -> A
         ) from error
 
 
-class DatabaseTransport:
+class DatabaseTransport(NativeTransport):
     """The tracking store in a database. `artifact_root` is where files of experiments made here go."""
 
+    _lines = 1  # SQLAlchemy's others are the statement and its values
+
     def __init__(self, uri: str, artifact_root: str | None) -> None:
-        self._uri = uri
-        self._shown = without_credentials(uri)
+        super().__init__(uri, without_credentials(uri))
         self._is_sqlite = uri.partition(":")[0].partition("+")[0] == "sqlite"
         self._artifact_root = artifact_root
         self._store: Any = None
@@ -131,13 +116,6 @@ class DatabaseTransport:
     def _later(self, error: Exception, *, loud: bool = False) -> NotNow:
         return NotNow(f"the MLflow database {self._shown} can't be used: {self._words(error)}", loud=loud)
 
-    def _words(self, error: Exception) -> str:
-        text = str(error).splitlines()[0] if str(error) else ""
-        password = urlsplit(self._uri).password
-        if password:
-            text = text.replace(password, "***")
-        return f"{type(error).__name__}: {text[:500]}"
-
     def _do(self, action: Callable[[Any], _T]) -> _T:
         """Run `action` on the store; its failures in our words."""
         store = self.store
@@ -151,21 +129,6 @@ class DatabaseTransport:
             raise Refused(str(code), self._words(error)) from error
 
     # ---- Transport -----------------------------------------------------------------------------------------------
-
-    def experiment_by_name(self, name: str) -> ExperimentView | None:
-        """Deleted ones too."""
-        found = self._read(lambda store: store.get_experiment_by_name(name))
-        if found is None:
-            return None
-        return ExperimentView(str(found.experiment_id), found.lifecycle_stage == "deleted")
-
-    def create_experiment(self, name: str) -> None:
-        """Somebody else's creation at the same moment is as good."""
-        try:
-            self._do(lambda store: store.create_experiment(name))
-        except Refused as no:
-            if no.code != "RESOURCE_ALREADY_EXISTS":
-                raise
 
     def runs_with_tag(self, experiment_id: str, key: str, value: str) -> Sequence[RunView]:
         """One query."""
@@ -185,15 +148,6 @@ class DatabaseTransport:
         named = [RunTag(key, value) for key, value in tags.items()]
         run = self._do(lambda store: store.create_run(experiment_id, user_id, start_time, named, run_name))
         return run_view(run)
-
-    def run(self, run_id: str) -> RunView | None:
-        """3 ms at any size of the run."""
-        try:
-            return run_view(self._read(lambda store: store.get_run(run_id)))
-        except Refused as no:
-            if no.code == "RESOURCE_DOES_NOT_EXIST":
-                return None
-            raise
 
     def log_metrics(self, run_id: str, rows: Sequence[MetricRow]) -> None:
         """One transaction."""
@@ -244,10 +198,6 @@ class DatabaseTransport:
 
         self._do(update)
 
-    def delete_run(self, run_id: str) -> None:
-        """One transaction."""
-        self._do(lambda store: store.delete_run(run_id))
-
     def has_metric_row(self, run_id: str, row: MetricRow) -> bool:
         """Pages through the key's history."""
         key, value, ms, step = row
@@ -269,12 +219,6 @@ class DatabaseTransport:
         if self._store is not None:
             self._store.engine.dispose()
 
-    def _read(self, action: Callable[[Any], _T]) -> _T:
-        try:
-            return self._do(action)
-        except Unclear as error:
-            raise NotNow(error.reason) from error
-
     def _analyze_once(self) -> None:
         """Give sqlite's planner statistics once the table is large: a repeat costs 0.4 instead of 19 ms a row."""
         if not self._is_sqlite or self._analyzed or self._rows_sent < _ANALYZE_FROM_ROWS:
@@ -290,22 +234,3 @@ class DatabaseTransport:
         except Exception as error:  # noqa: BLE001
             # It is about speed alone, and a busy database has better things to do.
             logging.getLogger("tracelet").debug("ANALYZE metrics failed: %s", self._words(error))
-
-
-def run_view(run: Any) -> RunView:
-    """A run as mlflow has it, in our words."""
-    latest = {
-        metric.key: (metric.step, metric.timestamp, 0.0 if math.isnan(metric.value) else metric.value)
-        for metric in run.data._metric_objs
-    }
-    return RunView(
-        run_id=run.info.run_id,
-        experiment_id=str(run.info.experiment_id),
-        start_time=run.info.start_time or 0,
-        status=run.info.status,
-        deleted=run.info.lifecycle_stage == "deleted",
-        artifact_uri=run.info.artifact_uri or "",
-        latest=latest,
-        params=dict(run.data.params),
-        tags=dict(run.data.tags),
-    )

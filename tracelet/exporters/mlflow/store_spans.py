@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from tracelet.exporters.mlflow.native import quiet_mlflow
 from tracelet.exporters.mlflow.transport import Refused
 
 __all__ = ["entities"]
@@ -18,8 +19,6 @@ def entities(resource_spans: Sequence[bytes]) -> tuple[list[Any], list[str]]:
     """
     from google.protobuf.message import DecodeError
     from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans
-
-    from tracelet.exporters.mlflow.store import quiet_mlflow
 
     with quiet_mlflow():
         from mlflow.entities import Span

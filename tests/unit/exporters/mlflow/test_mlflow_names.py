@@ -8,7 +8,7 @@ from hypothesis import example, given
 
 from tracelet.exporters.mlflow.limits import KEY_CHARS, PARAM_VALUE_CHARS
 from tracelet.exporters.mlflow.names import capped, encodable, file_name, legal_name, legal_path, shorten, text_of
-from tracelet.exporters.mlflow.store import quiet_mlflow
+from tracelet.exporters.mlflow.native import quiet_mlflow
 
 with quiet_mlflow():
     from mlflow.exceptions import MlflowException
