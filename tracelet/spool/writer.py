@@ -282,9 +282,8 @@ class Writer:
         files = self._sets.pop(depth)
         if depth == 0:
             self._fused.publish(None)
-        with contextlib.suppress(
-            OSError
-        ):  # gone with the file system it was on: a slot more or less, in an upper bound
+        # An error is of a file system that is gone, too: a slot more or less, in an upper bound.
+        with contextlib.suppress(OSError):
             files.segment.seize()
             self._void(files)
         points = files.points()
