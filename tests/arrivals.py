@@ -32,6 +32,7 @@ def arrival(
     first: int = START_NS,
     ended: AttemptEnd | None = None,
     project: str = "project",
+    host: str | None = None,
 ) -> Arrival:
     """What one Resource of a request says; points are (name, value, iteration), a millisecond apart."""
     instance = ids.instance_id(run_id, attempt, rank)
@@ -40,7 +41,12 @@ def arrival(
         attempt_key=attempt,
         rank=rank,
         instance_id=instance,
-        resource={"tracelet.run.id": run_id, "service.instance.id": instance, "k8s.pod.name": "a"},
+        resource={
+            "tracelet.run.id": run_id,
+            "service.instance.id": instance,
+            "k8s.pod.name": "a",
+            **({} if host is None else {"host.name": host}),
+        },
         points=columns(points, first) if points else None,
         records=tuple(records),
         pieces=tuple(pieces),

@@ -62,7 +62,7 @@ def batch(
 
 
 def otlp_spec(endpoint: str | None, **more: Any) -> Mapping[str, Any]:
-    """The spec of an OTLP destination, as tracelet.backends makes it."""
+    """The spec of an OTLP destination, as tracelet.destinations makes it."""
     return {
         "explicit": True,
         "endpoint": endpoint,

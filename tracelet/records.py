@@ -229,7 +229,6 @@ class Heartbeat:
     last_iteration_unix_nano: int | None
     backend_ids: Mapping[str, str]  # destination id -> the run's id there, when known
     run_started_unix_nano: int | None = None  # its first attempt that is known on this host; None: this attempt
-    heard_unix_nano: int | None = None  # of a run that is LOST: when it was last heard of; None: nobody knows
 
 
 # ---- points -----------------------------------------------------------------------------------------------------

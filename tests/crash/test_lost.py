@@ -80,17 +80,6 @@ def states(sink: HttpSink, run_id: str) -> list[str]:
     return [state for number, state in enumerate(found) if number == 0 or found[number - 1] != state]
 
 
-def heartbeats(sink: HttpSink, run_id: str) -> list[float]:
-    """When the run lived, as it was told; in seconds since the epoch."""
-    return [
-        point.as_double
-        for resource, scope, metric in sink.metrics()
-        if metric.name == "tracelet.run.heartbeat" and resource["tracelet.run.id"] == run_id
-        for point in metric.gauge.data_points
-        if not point.flags
-    ]
-
-
 def seen(server: MlflowServer, run_id: str) -> tuple[str, str | None]:
     """Status and state tag in MLflow."""
     run: Run = run_of(server, run_id, project="lost", within_s=60)
@@ -120,7 +109,6 @@ def test_silence_of_an_hour_is_told_is_no_end_and_is_taken_back_by_the_next_reco
             if way == "straight":
                 until(lambda: states(otlp_sink, run_id)[-1:] == ["LOST"], 60)
                 assert not otlp_sink.ends(run_id)
-                until(lambda: heartbeats(otlp_sink, run_id)[-1] < time.time() - home.SILENT_S, 60)
             with training(tmp_path, run_id, TRACELET_SHIPPER="off") as program:
                 until(lambda: seen(mlflow_server, run_id) == ("RUNNING", None), 60)
                 if way == "straight":

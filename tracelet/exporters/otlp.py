@@ -24,7 +24,7 @@ _CONTROL_BYTES = 64_000  # of the requests that passed, one that is cheap to rep
 class OTLPExporter:
     """Sends what a run logs, straight from its records, over http/protobuf or gRPC.
 
-    `spec` and `secrets` are as `tracelet.backends` makes them; what they leave open comes from the
+    `spec` and `secrets` are as `tracelet.destinations` makes them; what they leave open comes from the
     OTEL_EXPORTER_OTLP_* variables, read by OpenTelemetry's own exporters from this process's environment, of which
     `environ` is a view.
 

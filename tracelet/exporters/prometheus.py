@@ -30,7 +30,7 @@ class PrometheusExporter:
     `memory()["left_out"]`, and said. What the server refuses nevertheless is found by halving, and named. A repeat of
     a batch has the same bytes.
 
-    `spec` and `secrets` are as `tracelet.backends` makes them; of `environ` the TRACELET_PROMETHEUS_* files count
+    `spec` and `secrets` are as `tracelet.destinations` makes them; of `environ` the TRACELET_PROMETHEUS_* files count
     where those of the specification aren't here, and nothing of the OTEL_* variables, which are about another receiver.
     """
 

@@ -56,7 +56,7 @@ class PrometheusSender(HttpSender):
 
     @classmethod
     def of(cls, spec: Mapping[str, Any], secrets: Mapping[str, Any], environ: Mapping[str, str]) -> PrometheusSender:
-        """The sender of a destination as `tracelet.backends` makes it, with the headers that its file has now.
+        """The sender of a destination as `tracelet.destinations` makes it, with the headers that its file has now.
 
         Raises:
             ValueError, OSError: the file with the headers can't be read.

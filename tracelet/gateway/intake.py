@@ -181,7 +181,7 @@ class Intake:
             stored.append(self._store(arrival, caller))
             if stored[-1][0].is_lost:
                 self._silence.lost(arrival.run.run_id)
-            elif not stored[-1][1].repeat:
+            elif stored[-1][1].alive and not stored[-1][1].repeat:
                 self._silence.heard(arrival.run.run_id)
         runs = dict.fromkeys(run for run, _ in stored)
         self._commit.wait(runs)

@@ -45,7 +45,7 @@ PENS = 256
 """Ranks of a run whose files are open at once; the one that has been quiet longest gives way."""
 
 SPOKE_NS = 90 * 10**9
-"""How long a rank counts as heard of after its last word: three heartbeats."""
+"""How long a host counts as heard of after its last word: three heartbeats."""
 
 _WITNESSES = {"span": 1, "status": 2, "event": 3}  # the better one tells more: the event alone has the error whole
 
@@ -72,6 +72,7 @@ class Stored:
     points: int = 0
     repeat: bool = False
     anything: bool = False  # there is something new for a destination
+    alive: bool = True  # it is a sign of life
 
 
 def owner_of(manifest: store.Manifest) -> str:
@@ -111,7 +112,8 @@ class RunSpool:
         if not self._new_files:
             self._latest.learn(self._records())
         self.heard = time.monotonic()
-        self._sign: tuple[str, int] | None = None  # the last one of the newest attempt: from which rank, and when
+        self._spoke: dict[str, int] = {}  # host -> when one of its ranks last did, of the attempt `_speaking`
+        self._speaking = ""
         self.is_closed = False
 
     def _records(self) -> Iterator[Record]:
@@ -190,15 +192,15 @@ class RunSpool:
             known = self.manifest.attempt(arrival.attempt_key)
             if known is not None and arrival.lost and not substance and arrival.ended is None:
                 # Of an attempt that is no more the newest it says nothing about the run.
-                says = known == self.manifest.newest and not self._another_lives(arrival)
-                return Stored(anything=says and self.note_lost())
-            if known is not None and known == self.manifest.newest:
-                self._sign = arrival.instance_id, self._terms.time_ns()
+                believed = known == self.manifest.newest and not self._another_lives(arrival)
+                return Stored(anything=believed and self.note_lost(), alive=False)
             if known is not None and not substance and not self._tells_more(known, arrival) and not self.is_lost:
+                self._hear(arrival)
                 return Stored()
             rank = (arrival.attempt_key, arrival.rank, arrival.instance_id)
             try:
                 self._attempt(arrival)
+                self._hear(arrival)
                 pen = self._pen(rank, arrival)
                 if self.is_lost:
                     self._note(pen.files, RUNNING)
@@ -364,11 +366,20 @@ class RunSpool:
             self._note(self._pens[rank].files, LOST)
             return True
 
+    def _hear(self, arrival: Arrival) -> None:
+        newest = self.manifest.newest
+        if newest is None or newest.key != arrival.attempt_key:
+            return
+        if newest.key != self._speaking:
+            self._speaking, self._spoke = newest.key, {}
+        self._spoke[_host_of(arrival)] = self._terms.time_ns()
+
     def _another_lives(self, arrival: Arrival) -> bool:
-        """Whether another rank spoke a moment ago: whoever says that the run is LOST sees one host's folder alone."""
-        if self._sign is None or self._sign[0] == arrival.instance_id:
-            return False
-        return self._terms.time_ns() - self._sign[1] < SPOKE_NS
+        """Whether another host spoke a moment ago: whoever says that the run is LOST sees one host's folder alone."""
+        now, host = self._terms.time_ns(), _host_of(arrival)
+        return self._speaking == arrival.attempt_key and any(
+            0 <= now - at < SPOKE_NS for other, at in self._spoke.items() if other != host
+        )
 
     def _note(self, files: FileSet, state: str) -> None:
         # They stand with different writers, and by their times the later one counts: over a clock set back, too.
@@ -465,6 +476,11 @@ def _order_of(arrival: Arrival) -> int:
     """What the sender says that its attempts are sorted by; 0: nothing, so that the start has to do."""
     order = arrival.resource.get(semconv.ATTEMPT_ORDER)
     return order if type(order) is int and order > 0 else 0
+
+
+def _host_of(arrival: Arrival) -> str:
+    """The host that a rank is on; where its resource names none each rank counts as one."""
+    return str(arrival.resource.get(semconv.HOST_NAME) or arrival.instance_id)
 
 
 def _resource_of(manifest: store.Manifest, attempt: store.Attempt) -> dict[str, Scalar]:

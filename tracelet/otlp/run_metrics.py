@@ -58,13 +58,12 @@ def heartbeat_metrics(
     series gets its end, since two of them side by side would make every join on the run fail for 5 minutes.
     """
     time = heartbeat.time_unix_nano
-    # That nothing is heard of a run is no sign of life of it: its last one is said again.
-    alive = heartbeat.heard_unix_nano if heartbeat.state == LOST else time
     info = _info(run, opened, heartbeat.backend_ids)
     metrics = [
         _gauge(semconv.RUN_INFO, time, 1.0, values=info),
         *status(time, heartbeat.state),
-        *([] if alive is None else [_moment(semconv.RUN_HEARTBEAT, time, alive)]),
+        # That nothing is heard of a run is no sign of life of it.
+        *([] if heartbeat.state == LOST else [_moment(semconv.RUN_HEARTBEAT, time, time)]),
         *_starts(opened, time, heartbeat.run_started_unix_nano),
     ]
     if told is not None and (before := _info(run, opened, told)) != info:

@@ -27,7 +27,6 @@ from tracelet.shipper.ends import ending_from, ending_of, word_of
 from tracelet.shipper.reship import Reship, is_again
 from tracelet.shipper.retry import BackOff
 from tracelet.shipper.site import Clock, Decided, End, Site
-from tracelet.spool import home
 from tracelet.spool.cursor import Intent, Journal
 from tracelet.spool.reader import START, Position, SpoolReader
 
@@ -423,16 +422,14 @@ class Lane:
                 str(self._site.folder),
                 (Part(writer, self._site.roster.opened[writer], (), empty_points()),),
             )
-            lost = self._site.is_lost
+            beat = Heartbeat(
+                self._clock.time_ns(),
+                LOST if self._site.is_lost else RUNNING,
+                self._latest.get(attempt.key),
+                self._site.backend_ids(),
+                min(each.started_unix_nano for each in self._site.manifest.attempts),
+            )
             try:
-                beat = Heartbeat(
-                    self._clock.time_ns(),
-                    LOST if lost else RUNNING,
-                    self._latest.get(attempt.key),
-                    self._site.backend_ids(),
-                    min(each.started_unix_nano for each in self._site.manifest.attempts),
-                    home.last_heard_ns(self._site.folder) if lost else None,
-                )
                 exporter.beat(batch, beat)
             except Exception as error:  # noqa: BLE001 - a missed heartbeat is nothing; the batches behind it are
                 guard.note(f"send a heartbeat to {self.id}", error, self._sieve(str(error)))

@@ -35,7 +35,6 @@ __all__ = [
     "Watch",
     "is_here",
     "is_of_an_earlier_boot",
-    "last_heard_ns",
     "last_written_ns",
     "read_lease",
     "written_ns",
@@ -104,12 +103,6 @@ def written_ns(folder: Path) -> dict[str, int]:
 def last_written_ns(folder: Path) -> int:
     """When a writer wrote last, by its files. 0: never."""
     return max(written_ns(folder).values(), default=0)
-
-
-def last_heard_ns(folder: Path) -> int | None:
-    """When something was last heard of a run, by its files' times and its lease; None: nothing says it."""
-    kept = read_lease(folder)
-    return max(last_written_ns(folder), 0 if kept is None else kept.renewed_unix_nano) or None
 
 
 class Beat:

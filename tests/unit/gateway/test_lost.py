@@ -98,20 +98,54 @@ def test_a_sender_that_calls_its_run_lost_is_believed_and_is_no_sign_of_life(tmp
 def test_a_run_is_not_lost_while_a_rank_on_another_host_speaks(tmp_path: Path) -> None:
     """The shipper of rank 0's folder, which is silent, says LOST every 30 s; rank 4's heartbeats come in between."""
     memory, clock = Memory(), Clock()
-    silent = replace(arrival(), lost=True)
+    silent = replace(arrival(host="node1"), lost=True)
     with started(tmp_path, memory, clock=clock) as intake:
-        take(intake, arrival(points=[("a", 1.0, 1)]))
-        take(intake, arrival(rank=4, points=[("a", 1.0, 1)]))
+        take(intake, arrival(rank=4, host="node2", points=[("a", 1.0, 1)]))  # the first sign of the run counts, too
+        take(intake, arrival(host="node1", points=[("a", 1.0, 1)]))
+        take(intake, silent)
+        assert intake.run_info().lost == 0
         for _ in range(4):
-            take(intake, arrival(rank=4))
+            clock.ahead_s += 30.0
+            take(intake, arrival(rank=4, host="node2"))
+            take(intake, arrival(rank=1, host="node1", points=[("late", 1.0, 1)]))  # of the silent host, shipped late
             clock.ahead_s += 30.0
             take(intake, silent)
             assert intake.run_info().lost == 0
         clock.ahead_s += 60.0
         take(intake, silent)
         until(lambda: states(memory) == [LOST])
-        take(intake, arrival(rank=4))
+        take(intake, arrival(rank=4, host="node2"))
         until(lambda: states(memory) == [LOST, RUNNING])
+
+
+def test_ranks_of_the_silent_host_whose_backlog_has_just_come_are_no_sign_of_life(tmp_path: Path) -> None:
+    memory = Memory()
+    with started(tmp_path, memory) as intake:
+        for rank in range(3):
+            take(intake, arrival(rank=rank, host="node1", points=[("a", 1.0, 1)]))
+        take(intake, replace(arrival(host="node1"), lost=True))
+        until(lambda: states(memory) == [LOST])
+
+
+def test_a_gateway_whose_clock_is_set_back_believes_who_says_lost(tmp_path: Path) -> None:
+    memory, clock = Memory(), Clock()
+    with started(tmp_path, memory, clock=clock) as intake:
+        take(intake, arrival(host="node1", points=[("a", 1.0, 1)]))
+        take(intake, arrival(rank=4, host="node2", points=[("a", 1.0, 1)]))
+        clock.ahead_s = -3_600.0
+        take(intake, replace(arrival(host="node1"), lost=True))
+        until(lambda: states(memory) == [LOST])
+
+
+def test_an_old_attempt_that_is_said_to_be_lost_is_no_sign_of_life_of_the_newest(tmp_path: Path) -> None:
+    memory, clock = Memory(), Clock()
+    with started(tmp_path, memory, clock=clock, lost_after_s=100.0) as intake:
+        take(intake, arrival(attempt="old", points=[("a", 1.0, 1)], started=START_NS))
+        take(intake, arrival(attempt="new", points=[("a", 2.0, 2)], started=START_NS + 10**9))
+        clock.ahead_s = 10_000.0
+        take(intake, replace(arrival(attempt="old"), lost=True))
+        intake.keep_house()
+        assert intake.run_info().lost == 1
 
 
 def test_a_run_that_has_ended_is_never_lost(tmp_path: Path) -> None:

@@ -75,9 +75,11 @@ class NativeTransport(ABC):
             raise NotNow(error.reason) from error
 
     def _words(self, error: Exception) -> str:
-        text = " ".join(" ".join(str(error).splitlines()[: self._lines]).split())[:500]
+        text = " ".join(" ".join(str(error).splitlines()[: self._lines]).split())
         password = urlsplit(self._uri).password
-        return f"{type(error).__name__}: {text.replace(password, '***') if password else text}"
+        if password:
+            text = text.replace(password, "***")  # before the cut, which might leave a part of it
+        return f"{type(error).__name__}: {text[:500]}"
 
     def experiment_by_name(self, name: str) -> ExperimentView | None:
         """Deleted ones too, where the store tells of them."""
