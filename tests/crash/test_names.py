@@ -6,6 +6,7 @@ answer; its shipper runs all the while, and the name appears in the hosts file u
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -31,13 +32,18 @@ sys.stdin.readline()
 """
 
 
+@pytest.fixture
+def names(tmp_path: Path) -> hosts.Names:
+    made = hosts.Names(tmp_path)
+    if subprocess.run([*made.words, "true"], check=False, capture_output=True, timeout=30).returncode != 0:
+        lacking("a hosts file of a process's own takes the right to make namespaces")
+    return made
+
+
 @pytest.mark.parametrize("kind", ["http", "grpc"])
 def test_a_name_that_can_not_be_resolved_is_said_and_all_arrives_once_it_can(
-    tmp_path: Path, clean_environment: Path, kind: str
+    names: hosts.Names, tmp_path: Path, clean_environment: Path, kind: str
 ) -> None:
-    names = hosts.Names(tmp_path)
-    if subprocess.run([*names.words, "true"], check=False, capture_output=True, timeout=30).returncode != 0:
-        lacking("a hosts file of a process's own takes the right to make namespaces")
     with GrpcSink() if kind == "grpc" else HttpSink() as sink:
         variables = {
             "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{NAME}:{sink.endpoint.rpartition(':')[2]}",
@@ -63,3 +69,35 @@ def test_a_name_that_can_not_be_resolved_is_said_and_all_arrives_once_it_can(
         assert sink.ends("run") == ["FINISHED"]
         assert list(folder.glob("rejected-*")) == []
         until(lambda: shipper_alive(folder) is None, LIMIT_S)
+
+
+TRIES = """
+import os, sys
+from tests.otlp_batches import RUN, batch, otlp_spec
+from tracelet.exporters.otlp import OTLPExporter
+exporter = OTLPExporter(otlp_spec(sys.argv[1], protocol=sys.argv[2]), {}, os.environ)
+exporter.open(RUN, {})
+delivery = exporter.begin(batch([("loss", 1.0, 1)]))
+for _ in sys.stdin:
+    print(type(delivery.attempt()).__name__, flush=True)
+"""
+
+
+@pytest.mark.parametrize("kind", ["http/protobuf", "grpc"])
+def test_the_first_try_after_a_name_is_there_finds_it(names: hosts.Names, tmp_path: Path, kind: str) -> None:
+    """A channel of gRPC would keep for up to two minutes to what its resolver was told last."""
+    with GrpcSink() if kind == "grpc" else HttpSink() as sink:
+        address = f"http://{NAME}:{sink.endpoint.rpartition(':')[2]}"
+        more = {"PYTHONPATH": os.getcwd()}
+        with started(tmp_path, TRIES, address, kind, before=names.words, **more) as program:
+
+            def tried() -> str:
+                assert program.stdin is not None
+                program.stdin.write("once more\n")
+                program.stdin.flush()
+                return said(program)
+
+            assert [tried() for _ in range(3)] == ["RetryLater"] * 3
+            names.add(NAME, "127.0.0.1")
+            assert tried() == "Delivered"
+        assert [point.iteration for point in sink.points()] == [1]
