@@ -21,7 +21,7 @@ import pytest
 
 from tests.integration.test_cli_ship import tracelet, train, training
 from tests.shipping import until
-from tests.sinks import HttpSink
+from tests.sinks import HttpSink, attributes
 from tests.stack.harness import is_running
 from tracelet.cli import ship
 from tracelet.cli.main import main
@@ -52,6 +52,13 @@ def state(to: Path) -> str:
     return str(run["state"])
 
 
+def has_ended_as(sink: HttpSink, run_id: str, status: str) -> bool:
+    """Whether the destination has heard of one end, and of the root span that is one: both say this status."""
+    roots = [span for span in sink.spans() if span.name == "run digits"]
+    told = [(attributes(root)["tracelet.run.state"], root.status.code) for root in roots]
+    return sink.ends(run_id) == [status] and told == [(status, 0 if status == "FINISHED" else 2)]
+
+
 @pytest.fixture
 def shared(tmp_path: Path, clean_environment: Path, otlp_sink: HttpSink) -> Iterator[Path]:
     """A spool in which another host's program goes on, or so it looks from here: it has written no END."""
@@ -74,6 +81,7 @@ def test_whoever_knows_that_it_is_dead_ends_it_with_assume_dead(shared: Path, ot
     done = tracelet("ship", "far", "--assume-dead", "--dir", str(shared))
     assert done.returncode == 0, done.stdout + done.stderr
     assert state(shared) == "KILLED"
+    assert has_ended_as(otlp_sink, "far", "KILLED")
     assert len([p for p in otlp_sink.points() if p.name == "loss"]) == 1000
 
 
@@ -113,6 +121,7 @@ def test_three_missed_leases_end_a_run_and_a_kept_one_does_not(
     assert re.search(r"the shipper on \S+ gave a sign of life .* ago; watching for the next", said)
     assert len({lease.beat for lease in looks if lease is not None}) > 5
     assert state(shared) == "KILLED"
+    assert has_ended_as(otlp_sink, "far", "KILLED")
     assert len([p for p in otlp_sink.points() if p.name == "loss"]) == 1000
 
 
@@ -126,6 +135,7 @@ def test_an_end_that_was_written_elsewhere_is_an_end_here(
     done = tracelet("ship", "--dir", str(tmp_path / "shared"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert state(tmp_path / "shared") == "FINISHED"
+    assert has_ended_as(otlp_sink, "done", "FINISHED")
     assert len([p for p in otlp_sink.points() if p.name == "loss"]) == 2000
 
 
@@ -137,7 +147,8 @@ def test_a_run_of_this_host_before_its_last_start_is_dead(
     store.update_manifest(target, lambda one: dataclasses.replace(one, host=store.host_name()))  # type: ignore[type-var]
     done = tracelet("ship", "before", "--dir", str(tmp_path / "shared"))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert state(tmp_path / "shared") in ("KILLED", "FAILED")
+    assert state(tmp_path / "shared") == "KILLED"
+    assert has_ended_as(otlp_sink, "before", "KILLED")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
