@@ -79,6 +79,14 @@ class Cluster:
         self.conf.write_text(CONFIGURATION.format(folder=at.folder, ports=ports, nodes=self.nodes, track=track))
         cgroups = f"CgroupMountpoint={FREEZER.parent}\nCgroupAutomount=no\nCgroupPlugin=cgroup/v1\n"
         (at.folder / "cgroup.conf").write_text(cgroups)
+        # On a node the user has a home.
+        users = [line for line in Path("/etc/passwd").read_text().splitlines() if not line.startswith(f"{USER}:")]
+        passwd = at.folder / "passwd"
+        passwd.write_text(
+            "\n".join([*users, f"{USER}:x:{self.user.pw_uid}:{self.user.pw_gid}::{self.work}:/bin/sh", ""])
+        )
+        passwd.chmod(0o644)
+        at.stands_at(Path("/etc/passwd"), passwd)
         epilog, self._wait = at.folder / "epilog", at.folder / "epilog-waits"
         # What a site writes into its copy of the file.
         epilog.write_text(

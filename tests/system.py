@@ -87,6 +87,10 @@ class Place:
             *command,
         ]
 
+    def stands_at(self, at: Path, file: Path) -> None:
+        """In the namespaces of commands to come `file` stands in the place of the machine's own `at`."""
+        self._binds[at] = file
+
     def owned(self, name: str, user: pwd.struct_passwd) -> Path:
         """A folder in it that is this user's."""
         made = self.folder / name

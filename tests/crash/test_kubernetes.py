@@ -6,7 +6,9 @@ here: what stands in the manifest is checked against Kubernetes' own schema. Lim
 
 from __future__ import annotations
 
+import copy
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,9 +20,11 @@ from typing import Any
 import pytest
 import yaml
 
+from tests import hosts
+from tests.crash.clocks import other_clocks
 from tests.crash.test_sidecar import namespace, points
 from tests.shipping import until
-from tests.sinks import HttpSink
+from tests.sinks import HttpSink, Received, Say
 from tests.stack.harness import lacking
 from tracelet.settings import parse_duration, parse_size
 
@@ -91,10 +95,14 @@ class Cluster:
         return UID
 
     @contextmanager
-    def started(self, container: Any, *words: str) -> Iterator[subprocess.Popen[str]]:
+    def started(
+        self, container: Any, *words: str, on: str = "", faster: float = 1.0
+    ) -> Iterator[subprocess.Popen[str]]:
+        """A container, by its own command; `on` a node, in a Pod of that name. `faster`: how much its clock is."""
+        clocks = other_clocks(self.image.parent / f"clocks-{faster}", faster=faster)
         process = subprocess.Popen(
-            [*container["command"], *words],
-            env=self.environ(container),
+            [*(hosts.words_for(self.image, on) if on else ()), *container["command"], *words],
+            env=self.environ(container) | clocks,
             cwd=self.image,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -135,10 +143,30 @@ def test_the_manifest_is_valid_by_kubernetes_own_schema(job: Any) -> None:
     kubernetes_validate.validate(job, kubernetes_validate.latest_version(), strict=True)
 
 
-def test_the_guides_excerpt_says_nothing_else_than_the_manifest(job: Any) -> None:
+def shown() -> Any:
+    """The guide's excerpts."""
     page = (Path(__file__).parents[2] / "docs" / "guide" / "kubernetes.md").read_text()
-    shown = yaml.safe_load(page.partition("```yaml\n")[2].partition("```")[0])
-    assert_within(shown["spec"], pod(job))
+    return [yaml.safe_load(block) for block in re.findall(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)]
+
+
+def test_the_guides_excerpt_says_nothing_else_than_the_manifest(job: Any) -> None:
+    excerpt, _ = shown()
+    assert_within(excerpt["spec"], pod(job))
+
+
+def test_the_manifest_with_the_guides_claim_in_it_is_valid_and_keeps_runs_in_a_folder_of_their_job(job: Any) -> None:
+    import kubernetes_validate
+
+    _, claim = shown()
+    claimed = copy.deepcopy(job)
+    pod(claimed)["volumes"] = claim["volumes"]
+    for container in containers(claimed):
+        container["volumeMounts"] = claim["volumeMounts"]
+        container["env"] += claim["env"]
+    kubernetes_validate.validate(claimed, kubernetes_validate.latest_version(), strict=True)
+    (volume,), (mount,), (variable,) = claim["volumes"], claim["volumeMounts"], claim["env"]
+    assert (volume["name"], mount["mountPath"]) == ("spool", "/spool")
+    assert mount["subPathExpr"] == f"$({variable['name']})"
 
 
 def assert_within(part: Any, whole: Any) -> None:
@@ -224,3 +252,73 @@ def test_a_deleted_pod_leaves_its_run_killed_and_the_next_pod_goes_on_with_it(cl
         assert program.wait(LIMIT_S) == 0
     assert cluster.sink.ends(UID) == ["KILLED", "FINISHED"]
     assert points(cluster.sink, UID) == [*range(5000), *range(5000)]
+
+
+def has_points(received: Received) -> bool:
+    """Whether a request has points of the program's own."""
+    resources = received.message.resource_metrics if received.signal == "metrics" else ()
+    return any(scope.scope.name == "tracelet" for resource in resources for scope in resource.scope_metrics)
+
+
+def test_a_killed_sidecar_that_kubernetes_starts_again_loses_nothing_and_sends_what_it_repeats_unchanged(
+    cluster: Cluster,
+) -> None:
+    sidecar, train = containers(cluster.job)
+    unanswered = [Say(hang_s=600.0)]  # taken, and the answer does not come
+    cluster.sink.rule = lambda received: unanswered.pop() if unanswered and has_points(received) else None
+    with cluster.started(train, "wait") as program:
+        with cluster.started(sidecar) as killed:
+            until(lambda: points(cluster.sink, UID), LIMIT_S)
+            killed.kill()
+            killed.wait(LIMIT_S)
+        with cluster.started(sidecar) as shipper:
+            line_of(program, "logged")
+            program.send_signal(signal.SIGTERM)
+            assert program.wait(LIMIT_S) == -signal.SIGTERM
+            line_of(shipper, "follows")
+            shipper.send_signal(signal.SIGTERM)
+            said = rest_of(shipper)
+            assert shipper.returncode == 0, said
+    assert sorted(set(points(cluster.sink, UID))) == list(range(5000))
+    assert len(set(cluster.sink.points(UID))) == 5000  # what is there twice has the same times
+    assert len(points(cluster.sink, UID)) > 5000
+    assert cluster.sink.ends(UID) == ["KILLED"]
+
+
+@pytest.mark.parametrize("end", ["deleted", "lost with its node"])
+def test_what_a_pod_could_not_deliver_into_a_claim_the_next_pods_sidecar_takes_up(cluster: Cluster, end: str) -> None:
+    """With the destination down beyond the grace period; the next Pod is another host, on another node."""
+    if not hosts.can_be_made(cluster.image):
+        pytest.skip("namespaces for a host's name and files can't be made here")
+    sidecar, train = containers(cluster.job)
+    cluster.sink.rule = lambda _: Say(503)
+    with (
+        cluster.started(sidecar, on="train-7xk2p", faster=20) as shipper,
+        cluster.started(train, "wait", on="train-7xk2p") as program,
+    ):
+        line_of(program, "logged")
+        line_of(shipper, "ships it")
+        if end == "deleted":
+            program.send_signal(signal.SIGTERM)
+            assert program.wait(LIMIT_S) == -signal.SIGTERM
+            shipper.send_signal(signal.SIGTERM)
+            said = rest_of(shipper)  # the 40 s of its grace are two here
+            assert shipper.returncode == 1, said
+            assert "Something is left" in said
+        else:
+            until(lambda: list(cluster.volume.rglob("lease.json")), LIMIT_S)
+            shipper.kill()
+            program.kill()
+    assert cluster.sink.stored == []
+    cluster.sink.rule = None
+    with (
+        cluster.started(sidecar, on="train-q9v4d", faster=20) as shipper,
+        cluster.started(train, on="train-q9v4d") as program,
+    ):
+        assert program.wait(LIMIT_S) == 0
+        until(lambda: len(cluster.sink.ends(UID)) == 2, LIMIT_S)
+        shipper.send_signal(signal.SIGTERM)
+        said = rest_of(shipper)
+        assert shipper.returncode == 0, said
+    assert sorted(points(cluster.sink, UID)) == sorted([*range(5000), *range(5000)])
+    assert sorted(cluster.sink.ends(UID)) == ["FINISHED", "KILLED"]

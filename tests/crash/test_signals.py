@@ -174,10 +174,10 @@ def test_a_handler_that_logs_new_names_while_new_names_are_logged_loses_none(
 TERMINATED = """
 import os, signal, sys, tracelet
 exp = tracelet.start_logging(exp_name="terminated", project="signals", backend="otlp", run_id="terminated")
-if sys.argv[1] == "own handler":
+if sys.argv[1] != "default":
     def handler(*_):
         exp.log_metric("rescued", 1.0, iteration=1)
-        tracelet.stop_logging()
+        exp.stop("KILLED") if sys.argv[1] == "own handler, KILLED" else tracelet.stop_logging()
         sys.exit(7)
     signal.signal(signal.SIGTERM, handler)
 for step in range(10_000):
@@ -194,7 +194,8 @@ def job(otlp_sink: HttpSink) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("how", "code", "state"), [("default", -signal.SIGTERM, "KILLED"), ("own handler", 7, "FINISHED")]
+    ("how", "code", "state"),
+    [("default", -signal.SIGTERM, "KILLED"), ("own handler", 7, "FINISHED"), ("own handler, KILLED", 7, "KILLED")],
 )
 def test_sigterm_in_a_job_is_drained_before_the_program_ends(
     tmp_path: Path, otlp_sink: HttpSink, job: dict[str, str], how: str, code: int, state: str
@@ -208,7 +209,7 @@ def test_sigterm_in_a_job_is_drained_before_the_program_ends(
         (root,) = otlp_sink.spans()
         assert attributes(root)["tracelet.run.state"] == state
         assert [point.name for point in otlp_sink.points() if point.name == "rescued"] == (
-            ["rescued"] if how == "own handler" else []
+            [] if how == "default" else ["rescued"]
         )
 
 

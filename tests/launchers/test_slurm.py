@@ -37,8 +37,15 @@ SLURM = Path(__file__).parents[2] / "examples" / "slurm"
 SCRIPTS = ("train.sbatch", "tasks.sbatch")
 
 TRAIN = """
-import os, sys, time, tracelet
+import os, signal, sys, time, tracelet
 exp = tracelet.start_logging(exp_name="job", project="slurm")
+if sys.argv[2:] == ["handler"]:  # as the guide has it
+    def handler(*_):
+        open("checkpoint", "w").close()
+        exp.log_metric("rescued", 1.0, iteration=1)
+        exp.stop("KILLED")
+        sys.exit(0)
+    signal.signal(signal.SIGTERM, handler)
 for i in range(5000):
     exp.log_metric("loss", 1 / (i + 1), iteration=i)
 open(f"logged-{os.environ['SLURM_PROCID']}", "w").close()
@@ -73,10 +80,13 @@ def slurm() -> Iterator[Cluster]:
         yield running
 
 
-def train(slurm: Cluster, sink: HttpSink, run: str, *options: str, script: str = "train.sbatch", **more: str) -> str:
+def train(
+    slurm: Cluster, sink: HttpSink, run: str, *options: str, script: str = "train.sbatch", words: tuple[str, ...] = (),
+    **more: str,
+) -> str:  # fmt: skip
     """The id of a job of a script of examples/slurm that has logged what it logs, and waits for its end."""
     variables = {"OTEL_EXPORTER_OTLP_ENDPOINT": sink.url, "TRACELET_RUN_ID": run, **more}
-    job = slurm.submit(SLURM / script, "wait", options=options, **variables)
+    job = slurm.submit(SLURM / script, "wait", *words, options=options, **variables)
     tasks = 4 if script == "tasks.sbatch" else 1
     slurm.until(job, lambda: len(list(slurm.at(job).glob("logged-*"))) == tasks)
     return job
@@ -115,6 +125,19 @@ def test_a_job_that_is_cancelled_leaves_its_run_killed_with_everything_delivered
         assert otlp_sink.ends(f"cancelled-{script}") == ["KILLED"]
 
 
+def test_a_handler_of_the_programs_own_ends_the_run_as_killed_with_what_it_logged_itself(
+    slurm: Cluster, otlp_sink: HttpSink
+) -> None:
+    job = train(slurm, otlp_sink, "handled", words=("handler",))
+    slurm.scancel("--batch", "--signal=TERM", job)  # as `--signal=B:TERM@120` does
+    facts = slurm.ended(job)
+    assert (facts["JobState"], facts["ExitCode"]) == ("COMPLETED", "0:0"), slurm.output(job)
+    assert (slurm.at(job) / "checkpoint").exists()
+    assert points(otlp_sink, "handled") == list(range(5000))
+    assert [point.name for point in otlp_sink.points("handled")][5000:] == ["rescued"]
+    assert otlp_sink.ends("handled") == ["KILLED"]
+
+
 def test_the_jobs_exit_code_is_trainings(slurm: Cluster, otlp_sink: HttpSink) -> None:
     ends = {"0": "FINISHED", "3": "FAILED"}
     jobs = {}
@@ -143,6 +166,14 @@ def test_what_a_job_could_not_deliver_in_time_its_epilog_delivers(slurm: Cluster
     otlp_sink.rule = lambda _: Say(503)
     clocks = slurm.folder / "clocks"
     other_clocks(clocks, faster=45)  # the 90 s of grace pass in two
+    # A file of the user's own, which only a shell under his id may run: it tells who read it.
+    credentials = slurm.place.owned("work/.config", slurm.user) / "tracelet" / "credentials"
+    slurm.place.owned("work/.config/tracelet", slurm.user)
+    credentials.write_text(
+        'OTEL_EXPORTER_OTLP_HEADERS=Authorization=Bearer%20s3cret\nid -u > "$HOME/.config/tracelet/read-by"\n'
+    )
+    credentials.chmod(0o600)
+    os.chown(credentials, slurm.user.pw_uid, slurm.user.pw_gid)
     job = train(slurm, otlp_sink, "left", PYTHONPATH=str(clocks))
     slurm.epilog_waits()
     slurm.scancel("--batch", "--signal=TERM", job)
@@ -152,10 +183,14 @@ def test_what_a_job_could_not_deliver_in_time_its_epilog_delivers(slurm: Cluster
         stop(processes_of(str(slurm.spool)))  # as a cgroup does
     until(lambda: not processes_of(str(slurm.spool)), LIMIT_S)
     assert otlp_sink.stored == []
+    assert not any("authorization" in one.headers for one in otlp_sink.requests)  # the job has no token
     otlp_sink.rule = None
     slurm.epilog_goes_on()
     slurm.ended(job)
     assert points(otlp_sink, "left") == list(range(5000)), slurm.epilog_said()
+    assert {one.headers.get("authorization") for one in otlp_sink.stored} == {"Bearer s3cret"}
+    assert credentials.with_name("read-by").read_text() == f"{slurm.user.pw_uid}\n"
+    assert "s3cret" not in slurm.epilog_said()
     assert otlp_sink.ends("left") == ["KILLED"]
     assert {path.stat().st_uid for path in slurm.spool.rglob("*")} == {slurm.user.pw_uid}
     assert slurm.user.pw_uid != os.getuid()
