@@ -193,6 +193,8 @@ def test_a_line_with_a_fault_is_tried_again_until_it_has_none(line: Line, fault:
     line.run_until(lambda: len(line.waits) >= 3)
     assert line.values() == []
     assert line.waits[:3] == [0.5, 1.0, 2.0]
+    if fault == "resetting":
+        assert line.wire.in_mid_body >= 3
     line.wire.mend()
     line.run_until(line.has_all())
     assert line.letters() == []
@@ -439,6 +441,8 @@ def test_a_line_to_mlflow_with_a_fault_is_tried_again_until_it_has_none(mlflow_l
     for i in range(100, 300):
         line.writer.log("loss", i + 0.5, i)
     line.run_until(lambda: len(line.waits) >= 2)
+    if fault == "resetting":
+        assert line.wire.in_mid_body >= 1, "a batch, and after it the questions whether it has arrived"
     line.wire.mend()
     line.run_until(line.has_all())
     assert line.letters() == []
