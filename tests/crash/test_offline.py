@@ -1,8 +1,8 @@
-"""A laptop without a network for a week, and a cluster whose nodes have none: runs wait, and leave from where one is.
+"""No receiver for ten minutes, no network for a week, or on no node of a cluster: runs wait, and all is delivered.
 
-Pattern: real programs and their shippers in a namespace without a network, where no address can be reached and no name
-be resolved; on the laptop their clocks run faster, and each stands on a later day. Who delivers is outside of it. The
-cluster's commands are those of the guide's page. Limit: a minute a program.
+Pattern: real programs and their shippers over a receiver that refuses or a wire that is cut, or in a namespace without
+a network, where no address can be reached and no name be resolved; their clocks run faster, and each may stand on a
+later day. The cluster's commands are those of the guide's page. Limit: a minute a program.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from tests.conftest import processes_of
 from tests.crash import unplugged
 from tests.crash.clocks import other_clocks
 from tests.crash.test_sidecar import points
-from tests.programs import said, written
+from tests.programs import LIMIT_S, said, started, written
 from tests.shipping import until
-from tests.sinks import HttpSink
+from tests.sinks import GrpcSink, HttpSink, Say, Sink
 from tests.spooled import folder_of
+from tests.wire import Wire
+from tracelet.spool.lease import shipper_alive
 
-LIMIT_S = 60.0
 DAY_NS = 86_400 * 10**9
 
 TRAIN = """
@@ -217,3 +218,64 @@ def test_a_copy_of_a_nodes_runs_is_delivered_whole_and_the_original_knows_nothin
         assert points(cluster.sink, "copied") == list(range(1000))
     assert cluster.sink.ends("copied") == ["FINISHED"]
     assert (cluster.waiting(copy), cluster.waiting(original)) == (set(), {"copied"})
+
+
+# ---- ten minutes without a receiver -------------------------------------------------------------------------------
+
+GOES_ON = """
+import sys, time, tracelet
+exp = tracelet.start_logging(exp_name="job", project="outage", run_id="run")
+i = 0
+def log(count):
+    global i
+    for i in range(i + 1, i + 1 + count):
+        exp.log_metric("loss", 1 / i, iteration=i)
+log(100)
+print("logged", flush=True)
+sys.stdin.readline()
+over = time.monotonic() + 600
+while time.monotonic() < over:
+    log(10)
+    time.sleep(0.01)  # six seconds by its clock
+print(i, flush=True)
+sys.stdin.readline()
+"""
+
+
+def arrived(sink: Sink) -> list[int]:
+    """The iterations of its points; a request whose answer was lost comes again, with the same times."""
+    return sorted(iteration for iteration, _ in {(p.iteration, p.time_unix_nano) for p in sink.points("run")})
+
+
+@pytest.mark.parametrize("kind", ["http", "grpc"])
+def test_ten_minutes_without_a_receiver_under_a_run_that_goes_on_lose_nothing(
+    tmp_path: Path, clean_environment: Path, kind: str
+) -> None:
+    """The whole of it: training, its shipper, and ten minutes by their clocks, which that one shipper outlasts."""
+    with GrpcSink() if kind == "grpc" else HttpSink() as sink, Wire(int(sink.endpoint.rpartition(":")[2])) as wire:
+        variables = {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{wire.port}",
+            "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc" if kind == "grpc" else "http/protobuf",
+            **other_clocks(tmp_path / "clocks", faster=600),
+        }
+        with started(tmp_path, GOES_ON, **variables) as program:
+            assert said(program) == "logged"
+            assert program.stdin is not None
+            until(lambda: len(sink.points("run")) == 100, LIMIT_S)
+            folder = folder_of(clean_environment)
+            shipper = until(lambda: shipper_alive(folder), LIMIT_S)
+            wire.spoil("refusing")
+            program.stdin.write("the receiver is away\n")
+            program.stdin.flush()
+            logged = int(said(program))
+            until(lambda: "not now" in (folder / "shipper.log").read_text(), LIMIT_S)
+            assert len(sink.points("run")) == 100
+            wire.mend()
+            until(lambda: len(arrived(sink)) >= logged, LIMIT_S)
+            assert shipper_alive(folder) == shipper
+            program.stdin.close()
+            until(lambda: sink.ends("run"), LIMIT_S)
+        assert arrived(sink) == list(range(1, logged + 1))
+        assert sink.ends("run") == ["FINISHED"]
+        assert list(folder.glob("rejected-*")) == []
+        until(lambda: shipper_alive(folder) is None, LIMIT_S)

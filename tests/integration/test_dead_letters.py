@@ -8,13 +8,15 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from tests.servers import MlflowServer, Proxy, Seen, Spoil, get_run, recording_proxy, rows_of
-from tests.sinks import HttpSink, Received, Say
+from tests.sinks import GrpcSink, HttpSink, Received, Say, Sink
 from tracelet.cli.main import main
 from tracelet.exporters.prometheus import PrometheusExporter
 from tracelet.shipper.process import ship
@@ -61,20 +63,29 @@ def letters(folder: Path) -> list[dict[str, Any]]:
 
 def refuses_wrong(received: Received) -> Say | None:
     """A receiver that takes nothing with `wrong` in it."""
-    return Say(400, message="nothing wrong here") if b"wrong" in received.body else None
+    said = Say(400, code=grpc.StatusCode.INVALID_ARGUMENT, message="nothing wrong here")
+    return said if b"wrong" in received.body else None
 
 
-def wrong_points(sink: HttpSink) -> list[tuple[int, float | None, int]]:
+def wrong_points(sink: Sink) -> list[tuple[int, float | None, int]]:
     found = [point for point in sink.points() if point.name == "wrong ☃"]
     return [(p.iteration, None if math.isnan(p.value) else p.value, p.time_unix_nano) for p in found]
 
 
+@pytest.fixture(params=["http/protobuf", "grpc"])
+def receiver(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sink]:
+    """An OTLP receiver, whose address and protocol are in the environment."""
+    with GrpcSink() if request.param == "grpc" else HttpSink() as sink:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", sink.endpoint)
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", request.param)
+        yield sink
+
+
 def test_what_an_otlp_receiver_refused_goes_out_again_as_it_was_once_it_is_taken(
-    otlp_sink: HttpSink, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    receiver: Sink, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", otlp_sink.url)
-    folder = train("otlp-letters", OTEL_EXPORTER_OTLP_ENDPOINT=otlp_sink.url)
-    otlp_sink.rule = refuses_wrong
+    folder = train("otlp-letters")
+    receiver.rule = refuses_wrong
     assert main(["ship", "otlp-letters"]) == 0
     lines = letters(folder)
     assert {line["what"] for line in lines} == {"point", "event", "span"}
@@ -84,8 +95,8 @@ def test_what_an_otlp_receiver_refused_goes_out_again_as_it_was_once_it_is_taken
     assert lines[0]["opened"]["resource"]["tracelet.run.id"] == "otlp-letters"
     points = [line["facts"] for line in lines if line["what"] == "point" and "message" not in line["facts"]]
     assert [(p["iteration"], None if p["value"] == "nan" else p["value"]) for p in points] == WRONG
-    assert [p.iteration for p in otlp_sink.points() if p.name == "loss"] == list(range(200))
-    assert not wrong_points(otlp_sink)
+    assert [p.iteration for p in receiver.points() if p.name == "loss"] == list(range(200))
+    assert not wrong_points(receiver)
     capsys.readouterr()
 
     assert main(["show", "otlp-letters"]) == 0
@@ -97,24 +108,24 @@ def test_what_an_otlp_receiver_refused_goes_out_again_as_it_was_once_it_is_taken
     assert f"0 dead letters of {len(lines)} taken by otlp" in capsys.readouterr().out
     assert letters(folder) == lines, "what is refused again stays, and is not written twice"
 
-    otlp_sink.rule = None
-    before = len(otlp_sink.stored)
+    receiver.rule = None
+    before = len(receiver.stored)
     assert main(["ship", "--dead-letters"]) == 0
     assert f"{len(lines)} dead letters of {len(lines)} taken by otlp" in capsys.readouterr().out
-    assert wrong_points(otlp_sink) == [
+    assert wrong_points(receiver) == [
         (p["iteration"], None if p["value"] == "nan" else p["value"], p["time_unix_nano"]) for p in points
     ]
-    new = otlp_sink.stored[before:]
+    new = receiver.stored[before:]
     assert not any(b"tracelet.metric.nonfinite" in one.body for one in new if b"tracelet.run" not in one.body)
     assert {one.signal for one in new} == {"metrics", "logs", "traces"}
-    assert [span.name for span in otlp_sink.spans() if span.name == "wrong-phase"] == ["wrong-phase"]
+    assert [span.name for span in receiver.spans() if span.name == "wrong-phase"] == ["wrong-phase"]
     assert {one.message.resource_spans[0].resource.SerializeToString() for one in new if one.signal == "traces"} == {
-        one.message.resource_spans[0].resource.SerializeToString() for one in otlp_sink.stored if one.signal == "traces"
+        one.message.resource_spans[0].resource.SerializeToString() for one in receiver.stored if one.signal == "traces"
     }
 
     assert main(["ship", "--dead-letters"]) == 0
     assert "No dead letters." in capsys.readouterr().out
-    assert len(otlp_sink.stored) == before + len(new), "what was taken is not sent a third time"
+    assert len(receiver.stored) == before + len(new), "what was taken is not sent a third time"
     assert main(["prune", "--keep", "0d"]) == 0
     assert not folder.exists()
 
@@ -213,15 +224,17 @@ def _run_id(proxy: Proxy) -> str:
     return str(json.loads(proxy.calls("runs/log-batch")[0].body)["run_id"])
 
 
-@pytest.mark.parametrize("kind", ["otlp", "mlflow"])
+@pytest.mark.parametrize("kind", ["otlp", "otlp-grpc", "mlflow"])
 def test_a_kill_between_the_answer_and_the_mark_repeats_the_same_bytes_and_doubles_nothing(
-    kind: str, otlp_sink: HttpSink, mlflow_server: MlflowServer
+    kind: str, mlflow_server: MlflowServer
 ) -> None:
     run_id = f"killed-{kind}"
-    with recording_proxy(mlflow_server.uri) as proxy:
-        variables = (
-            {"OTEL_EXPORTER_OTLP_ENDPOINT": otlp_sink.url} if kind == "otlp" else {"MLFLOW_TRACKING_URI": proxy.uri}
-        )
+    sink_of: type[GrpcSink | HttpSink] = GrpcSink if kind == "otlp-grpc" else HttpSink
+    with recording_proxy(mlflow_server.uri) as proxy, sink_of() as otlp_sink:
+        to_mlflow = {"MLFLOW_TRACKING_URI": proxy.uri}
+        protocol = "grpc" if kind == "otlp-grpc" else "http/protobuf"
+        to_otlp = {"OTEL_EXPORTER_OTLP_ENDPOINT": otlp_sink.endpoint, "OTEL_EXPORTER_OTLP_PROTOCOL": protocol}
+        variables = to_mlflow if kind == "mlflow" else to_otlp
         folder = train(run_id, **variables)
         otlp_sink.rule, proxy.rule = refuses_wrong, refusing_proxy
         assert main(["ship", run_id]) == 0
@@ -252,7 +265,7 @@ def test_a_kill_between_the_answer_and_the_mark_repeats_the_same_bytes_and_doubl
         assert again.wait(60) == -signal.SIGKILL
         assert main(["ship", "--dead-letters", run_id]) == 0
         assert letters(folder) == lines
-        if kind == "otlp":
+        if kind != "mlflow":
             assert len(bodies) == 2
             assert bodies[0] == bodies[1]
             kept = {(p.name, p.time_unix_nano): p for p in otlp_sink.points() if p.name == "wrong ☃"}
