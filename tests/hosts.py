@@ -1,6 +1,7 @@
-"""Another host, as a process of this machine can be on one: a name and a boot of its own, over the same files.
+"""Another host, as a process of this machine can be on one: a name, a boot and a hosts file of its own.
 
-Its kernel is still this one's, so locks are seen; the shared folder of a cluster may show none.
+The other files are the same, and its kernel is still this one's, so locks are seen; the shared folder of a cluster may
+show none.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import subprocess
 import uuid
 from pathlib import Path
 
-__all__ = ["can_be_made", "words_for"]
+__all__ = ["Names", "can_be_made", "words_for"]
 
 _ENTER = 'hostname "$1" && mount --bind "$2" /proc/sys/kernel/random/boot_id && shift 2 && exec "$@"'
 
@@ -30,3 +31,22 @@ def can_be_made(folder: Path) -> bool:
     asked = [*words_for(folder, "probe"), "hostname"]
     done = subprocess.run(asked, check=False, capture_output=True, text=True, timeout=30)
     return done.stdout.strip() == "probe"
+
+
+class Names:
+    """The names that processes started behind `words` can resolve: those of a hosts file of their own, no others."""
+
+    _ENTER = 'mount --bind "$1" /etc/hosts && mount --bind "$2" /etc/resolv.conf && shift 2 && exec "$@"'
+
+    def __init__(self, folder: Path) -> None:
+        """Only `localhost` is known at first; the name server is one of this machine where nobody listens."""
+        self._hosts = folder / "hosts"
+        self._hosts.write_text("127.0.0.1 localhost\n")
+        servers = folder / "resolv.conf"
+        servers.write_text("nameserver 127.0.0.1\n")
+        self.words = ("unshare", "--mount", "sh", "-c", self._ENTER, "sh", str(self._hosts), str(servers))
+
+    def add(self, name: str, address: str) -> None:
+        """From now on `name` is at `address`."""
+        with self._hosts.open("a") as file:  # in place: what is mounted is this very file
+            file.write(f"{address} {name}\n")

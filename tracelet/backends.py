@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from tracelet.addresses import without_credentials
+from tracelet.addresses import shown_addresses, without_credentials
 from tracelet.errors import ConfigError
 
 __all__ = [
@@ -207,7 +207,8 @@ def _named(name: str) -> Spec:
 
     near = difflib.get_close_matches(name.lower(), _SPECS, n=1, cutoff=0.4)
     advice = f"did you mean {near[0]!r}?" if near else f"there are {_names()}"
-    raise ConfigError(f"backend {name!r} is none: {advice}", backend=name, nearest=near[0] if near else None)
+    shown = shown_addresses(name)  # somebody may have put one here
+    raise ConfigError(f"backend {shown!r} is none: {advice}", backend=shown, nearest=near[0] if near else None)
 
 
 def signals_taken(exporter: object) -> tuple[str, ...]:

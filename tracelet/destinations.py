@@ -148,8 +148,10 @@ def _absolute_sqlite(uri: str, cwd: Path) -> str:
     head, slashes, rest = uri.partition(":///")
     path, mark, query = rest.partition("?")
     if not slashes or not path or path == ":memory:" or path.startswith("file:"):
+        shown = without_credentials(uri)
         raise ConfigError(
-            f"tracking_uri {uri!r} names no file, and another process has to find it: use sqlite:///mlflow.db", uri=uri
+            f"tracking_uri {shown!r} names no file, and another process has to find it: use sqlite:///mlflow.db",
+            uri=shown,
         )
     # MLflow unquotes its own default and hands others to SQLAlchemy as they are; so nothing is quoted here.
     return f"{head}:///{os.path.abspath(os.path.join(cwd, path))}{mark}{query}"
@@ -165,10 +167,8 @@ def _otlp(spec: OTLP, environ: Mapping[str, str], cwd: Path) -> tuple[dict[str, 
     # gRPC takes a bare host:port, as OpenTelemetry's exporter does.
     grpc = (spec.protocol or environ.get("OTEL_EXPORTER_OTLP_PROTOCOL", "").strip()) == "grpc"
     if spec.endpoint is not None and not urlsplit(spec.endpoint).netloc and not grpc:
-        raise ConfigError(
-            f"OTLP endpoint {spec.endpoint!r} has no host: use one such as http://localhost:4318",
-            endpoint=spec.endpoint,
-        )
+        shown = without_credentials(spec.endpoint)
+        raise ConfigError(f"OTLP endpoint {shown!r} has no host: use one such as http://localhost:4318", endpoint=shown)
     variables = {
         name: value.strip()
         for name, value in sorted(environ.items())

@@ -513,7 +513,7 @@ def _pyproject(cwd: Path) -> tuple[Path | None, Mapping[str, object]]:
             table = tools.get("tracelet") if isinstance(tools, dict) else None
             if isinstance(table, dict):
                 return folder, table
-        if (folder / ".git").exists():
+        if _is_git_root(folder):
             break
     return None, {}
 
@@ -564,7 +564,14 @@ def _defaults(environ: Mapping[str, str], cwd: Path, argv: Sequence[str]) -> dic
 
 def git_root(path: Path) -> Path | None:
     """The nearest folder at or above `path` that holds `.git` (a folder, or a worktree's file), or None."""
-    return next((folder for folder in (path, *path.parents) if (folder / ".git").exists()), None)
+    return next((folder for folder in (path, *path.parents) if _is_git_root(folder)), None)
+
+
+def _is_git_root(folder: Path) -> bool:
+    try:
+        return (folder / ".git").exists()
+    except OSError:  # a folder that this user may not look into: `su` leaves one there
+        return False
 
 
 _KERNELS = frozenset({"ipykernel_launcher.py", "colab_kernel_launcher.py"})

@@ -9,11 +9,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
-from tracelet.addresses import sounds_secret, without_credentials
+from tracelet.addresses import MASK, shown_addresses, sounds_secret, user_info
 
-__all__ = ["MASK", "Sieve", "SievedLines", "open_text"]
+__all__ = ["Sieve", "SievedLines", "open_text"]
 
-MASK = "***"
 _SHORTEST = 4  # a shorter secret would blot out half of every line
 
 # By whole words: TOKENIZERS_PARALLELISM=false must not blot out every "false".
@@ -27,6 +26,7 @@ _COUNT = re.compile(r"TOKENS(?:_|$)", re.IGNORECASE)  # MAX_NEW_TOKENS=1024 must
 _USER = re.compile(r"(.*)(?:PASSWORD|PASSWD)$", re.IGNORECASE)
 _USER_NAMES = ("USERNAME", "USER")
 _NO_SECRETS = frozenset({"true", "false", "none", "null", "enabled", "disabled", "default", "basic", "bearer"})
+_ADDRESS = re.compile(r"(?:ENDPOINT|UR[IL]|PROXY|BACKEND)$", re.IGNORECASE)  # of a variable; others are not looked at
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s,;\"'<>]+")
 
 
@@ -52,6 +52,8 @@ class Sieve:
                 found.update(_of_secret(name, value))
                 found.update(_of_pair(name, value, environ))
             found.update(_of_uris(value))
+            if _ADDRESS.search(name):
+                found.update(_of_bare(value))
         for secret in secrets:
             _collect(secret, found)
         forms = {form for secret in found for form in (secret, unquote(secret)) for form in _forms(form)}
@@ -67,27 +69,20 @@ class Sieve:
 
 def open_text(text: str) -> str:
     """`text` with each address in it rid of user, password and secret-sounding parameters."""
-    return _URI.sub(lambda match: _without(match[0]), text) if "://" in text else text
-
-
-def _without(uri: str) -> str:
-    try:
-        return without_credentials(uri)
-    except ValueError:  # not an address after all
-        return uri.partition("://")[0] + "://" + MASK
+    return _URI.sub(lambda match: shown_addresses(match[0]), text) if "://" in text else text
 
 
 def _forms(secret: str) -> Iterator[str]:
     yield secret
-    yield quote(secret, safe="")
-    yield quote(secret)
+    yield quote(secret, safe="", errors="surrogateescape")  # the environment's bytes may be no text
+    yield quote(secret, errors="surrogateescape")
     yield json.dumps(secret)[1:-1]
     yield repr(secret)[1:-1]
 
 
 def _basic(user: str, password: str) -> Iterator[str]:
     """What HTTP's basic authentication makes of both, in both alphabets, with the padding and without."""
-    pair = f"{user}:{password}".encode()
+    pair = f"{user}:{password}".encode("utf-8", "surrogateescape")
     for encoded in (base64.b64encode(pair), base64.urlsafe_b64encode(pair)):
         yield encoded.decode("ascii")
         yield encoded.decode("ascii").rstrip("=")
@@ -124,21 +119,29 @@ def _of_uris(text: str) -> Iterator[str]:
         for name, value in parse_qsl(parts.query):
             if sounds_secret(name):
                 yield value
-        user_info, at, _ = parts.netloc.rpartition("@")
-        if not at:
+        info = user_info(match[0])
+        if not info:
             continue
-        user, colon, password = user_info.partition(":")
+        user, colon, password = info.partition(":")
         if colon:
-            yield from (user_info, password)
+            yield from (info, password)
         elif parts.scheme.lower() in ("http", "https"):
             yield user  # mostly a token; a database's user is part of its address, and shown
         yield from _basic(unquote(user), unquote(password))
+
+
+def _of_bare(text: str) -> Iterator[str]:
+    """The same of addresses without a scheme, by commas: `bob:s3cret@host:4318`."""
+    for one in text.split(","):
+        info = "" if "://" in one else user_info(one.strip())
+        yield from (info, info.partition(":")[2])  # without a colon it is mostly a token
 
 
 def _collect(secrets: object, found: set[str]) -> None:
     """The secret texts in what `choice.choose` calls secrets: headers' values, and credentials in addresses."""
     if isinstance(secrets, str):
         found.update(_of_uris(secrets))
+        found.update(_of_bare(secrets))
     elif isinstance(secrets, Mapping):
         for name, value in secrets.items():
             if name == "headers" and isinstance(value, Mapping):

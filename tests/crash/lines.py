@@ -1,4 +1,4 @@
-"""Kills a program at a line of ours: at every one it comes by, or at some that are drawn anew each time."""
+"""A fault at a line of ours, by default death: at every one a program comes by, or at some, drawn anew each time."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from typing import Any
 class Lines:
     """The lines of some files, and the one whose turn it is; `watch` is for `sys.settrace`, in a child for each turn.
 
-    The first child has no turn and is not killed: what it has `met` is what there is.
+    The first child has no turn and meets no fault: what it has `met` is what there is.
     """
 
-    def __init__(self, where: str | tuple[str, ...], *, every: int, seed: int) -> None:
+    def __init__(
+        self, where: str | tuple[str, ...], *, every: int, seed: int, fault: Callable[[], object] | None = None
+    ) -> None:
         self._where = where
         self._every = every
+        self._fault = _die if fault is None else fault
         self._chance = random.Random(seed)
         self.met: Counter[str] = Counter()
         self.last = ""
@@ -32,7 +35,7 @@ class Lines:
             line = f"{frame.f_code.co_filename}:{frame.f_lineno}"
             self.met[line] += 1
             if self.met[line] == self.time and line == self.last:
-                os.kill(os.getpid(), signal.SIGKILL)
+                self._fault()
         return self.watch
 
     def turns(self, met: Mapping[str, int]) -> Iterator[int]:
@@ -40,3 +43,7 @@ class Lines:
         for number, line in enumerate(sorted(met)[self._chance.randrange(self._every) :: self._every]):
             self.last, self.time = line, 1 + self._chance.randrange(met[line])
             yield number
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -47,6 +47,48 @@ def test_a_clock_that_jumped_a_day_between_two_attempts_lets_the_last_one_stand(
         assert done.returncode == 0, done.stderr
     run = run_of(mlflow_server, run_id, project="clock", status="FINISHED", within_s=60)
     assert sorted(row.step for row in rows_of(mlflow_server, run.info.run_id, "loss")) == sorted([0, days])
+    assert run.info.end_time >= run.info.start_time
+
+
+JUMPS = """
+import sys, time
+real, days, off = time.time_ns, int(sys.argv[1]), 0
+time.time_ns = lambda: real() + off * 86_400 * 10**9
+import tracelet
+exp = tracelet.start_logging(exp_name=sys.argv[2], project="jumps", run_id=sys.argv[2])
+def log(first):
+    for i in range(first, first + 300):
+        exp.log_metric("loss", float(i), iteration=i)
+log(0)
+with exp.span("phase"):
+    off = days
+    log(300)
+with exp.span("back"):
+    off = 0
+    log(600)
+if days < 0:
+    off = days
+exp.stop()
+exp.flush(60)
+"""
+
+
+@pytest.mark.parametrize("days", [-1, 1])
+def test_a_clock_that_jumps_a_day_and_back_within_a_run_costs_no_point_and_nothing_ends_before_it_began(
+    tmp_path: Path, mlflow_server: MlflowServer, otlp_sink: HttpSink, days: int
+) -> None:
+    run_id = f"jumps{days}"
+    servers = {"MLFLOW_TRACKING_URI": mlflow_server.uri, "OTEL_EXPORTER_OTLP_ENDPOINT": otlp_sink.url}
+    done = finished(tmp_path, JUMPS, days, run_id, limit_s=120, **servers)
+    assert done.returncode == 0, done.stderr
+    run = run_of(mlflow_server, run_id, project="jumps", status="FINISHED", within_s=60)
+    assert sorted(row.step for row in rows_of(mlflow_server, run.info.run_id, "loss")) == list(range(900))
+    assert run.info.end_time >= run.info.start_time
+    until(lambda: len(otlp_sink.spans()) == 3, 60)
+    assert sorted(point.iteration for point in otlp_sink.points(run_id)) == list(range(900))
+    assert [span.name for span in otlp_sink.spans() if span.end_time_unix_nano < span.start_time_unix_nano] == []
+    (root,) = (span for span in otlp_sink.spans() if not span.parent_span_id)
+    assert root.end_time_unix_nano // 1_000_000 == run.info.end_time
 
 
 def test_attempts_are_counted_over_a_restart_of_the_machine_and_other_hosts_that_share_the_folder(

@@ -7,6 +7,7 @@ moment. Limit: two minutes a test.
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 from collections import Counter
@@ -14,12 +15,15 @@ from pathlib import Path
 
 import pytest
 
+from tests import launches
+from tests.crash.clocks import other_clocks
 from tests.shipping import until
-from tests.sinks import HttpSink, Say
+from tests.sinks import HttpSink, Say, attributes
 from tracelet.spool import store
 from tracelet.spool.lease import shipper_alive
 
 LIMIT_S = 120.0
+SOAK = os.environ.get("TRACELET_SOAK") == "1"
 
 TRAIN = """
 import sys, tracelet
@@ -98,6 +102,66 @@ def test_a_program_that_comes_and_goes_at_any_line_of_the_shippers_leaving_is_de
         points = stored(otlp_sink, run_id)
         assert set(points.values()) == {1}
         assert Counter(name for name, _, _ in points) == {"first": 20, "second": 20}
+
+
+RANK = """
+import os, sys, tracelet
+exp = tracelet.start_logging(exp_name=sys.argv[1], project="together")
+for i in range(20):
+    exp.log_metric(f"of-rank-{os.environ['RANK']}", float(i), iteration=i)
+print(exp.id, flush=True)
+exp.stop("FINISHED" if os.environ["RANK"] == "0" else "FAILED")
+"""
+
+
+@pytest.mark.parametrize(("first", "ends"), [(0, ["FINISHED"]), (1, ["FAILED", "FINISHED"])])
+def test_a_second_rank_that_joins_at_any_line_of_the_shippers_leaving_is_of_the_same_attempt(
+    tmp_path: Path, otlp_sink: HttpSink, clean_environment: Path, first: int, ends: list[str]
+) -> None:
+    """Of one launch: rank 1 when all of rank 0 is delivered, or rank 0 when the shipper has waited for it in vain.
+
+    The launcher of both is this process: the leaving shipper stands before the late rank like a wrapper script.
+    """
+    clocks = other_clocks(tmp_path / "clocks", faster=20)  # ten seconds are what it waits for a rank 0
+    environ = {**os.environ, "OTEL_EXPORTER_OTLP_ENDPOINT": otlp_sink.url, "TRACELET_RANKS": "all"}
+    leaving, run_ids = [], {}
+    for number in range(6) if first == 0 or SOAK else random.sample(range(6), 2):
+        ranks = launches.torchrun(2, rdzv_id=f"leaving-{number}")
+        program = [sys.executable, "-c", RANK, f"late-{number}"]
+        early, late = ({**environ, **ranks[rank]} for rank in (first, 1 - first))
+        early["TRACELET_SHIPPER"] = "off"
+        done = subprocess.run(program, env=early, capture_output=True, text=True, timeout=LIMIT_S, check=True)
+        run_ids[number] = done.stdout.strip()
+        words = [sys.executable, "-c", LEAVING, str(store.run_folder(clean_environment, run_ids[number])), str(number)]
+        leaving.append(subprocess.Popen([*words, *program], env={**late, **clocks}, stdout=subprocess.PIPE, text=True))
+    for shipper, run_id in zip(leaving, run_ids.values(), strict=True):
+        assert shipper.communicate(timeout=LIMIT_S)[0].strip() == run_id  # the late rank found the run
+        assert shipper.returncode == 0
+    for number, run_id in run_ids.items():
+        folder = store.run_folder(clean_environment, run_id)
+        root = until(lambda name=f"run late-{number}": [s for s in otlp_sink.spans() if s.name == name], LIMIT_S)[0]
+        until(lambda run_id=run_id: len(stored(otlp_sink, run_id)) == 40, LIMIT_S)
+        until(lambda trace=root.trace_id: len(spans_of(otlp_sink, trace)) == 2, LIMIT_S)
+        until(lambda run_id=run_id: otlp_sink.ends(run_id) == ends, LIMIT_S)
+        until(lambda folder=folder: shipper_alive(folder) is None, LIMIT_S)
+        assert spans_of(otlp_sink, root.trace_id) == {f"run late-{number}": ["FINISHED"], "rank 1": ["FAILED"]}
+        assert otlp_sink.ends(run_id) == ends  # rank 0's is the last, and the run's
+        points = stored(otlp_sink, run_id)
+        assert set(points.values()) == {1}
+        assert Counter(name for name, _, _ in points) == {"of-rank-0": 20, "of-rank-1": 20}
+        manifest = store.read_manifest(folder)
+        assert manifest is not None
+        (attempt,) = manifest.attempts
+        assert sorted(attempt.extra["launch"]["ranks"]) == ["0", "1"]
+
+
+def spans_of(sink: HttpSink, trace: bytes) -> dict[str, list[str]]:
+    """The states of a trace's spans as they came, by name."""
+    found: dict[str, list[str]] = {}
+    for span in sink.spans():
+        if span.trace_id == trace:
+            found.setdefault(span.name, []).append(attributes(span)["tracelet.run.state"])
+    return found
 
 
 def test_two_programs_with_one_id_at_once_are_two_attempts_of_one_run(otlp_sink: HttpSink) -> None:

@@ -13,10 +13,14 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.programs import said, started
 from tests.servers import MlflowServer, rows_of, run_of
+from tests.shipping import until
+from tests.sinks import HttpSink
 
 # Counts each call that returned in a file, by one write of one byte: what the kernel has is what was acknowledged.
 TRAINING = """
@@ -57,8 +61,7 @@ def killed(script: Path, name: str, uri: str) -> int:
     program = subprocess.Popen(command, env={**os.environ, "MLFLOW_TRACKING_URI": uri})
     # The moment is late enough for some points: the file's size is the clock.
     wanted = random.Random(name).randrange(1, 20_000)
-    while program.poll() is None and (not acknowledged.exists() or acknowledged.stat().st_size < wanted):
-        pass
+    until(lambda: program.poll() is not None or (acknowledged.exists() and acknowledged.stat().st_size >= wanted), 60)
     program.send_signal(signal.SIGKILL)
     assert program.wait(10) == -signal.SIGKILL
     return acknowledged.stat().st_size
@@ -79,26 +82,33 @@ if sys.argv[2] == "term":
 """
 
 
+CONTAINER = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
+
+
+def first_process(program: subprocess.Popen[Any]) -> int:
+    """The container's process 1, seen from here."""
+    (inside,) = Path(f"/proc/{program.pid}/task/{program.pid}/children").read_text().split()
+    return int(inside)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="a PID namespace needs root here")
-@pytest.mark.parametrize(("way", "status"), [("exit", "FINISHED"), ("term", "KILLED")])
+@pytest.mark.parametrize(("way", "status", "code"), [("exit", "FINISHED", 0), ("term", "KILLED", 143)])
 def test_container_that_ends_with_training_delivers_before_it_ends(
-    tmp_path: Path, mlflow_server: MlflowServer, way: str, status: str
+    tmp_path: Path, mlflow_server: MlflowServer, way: str, status: str, code: int
 ) -> None:
     name = f"contained-{way}"
     script = tmp_path / "train.py"
     script.write_text(textwrap.dedent(CONTAINED))
     program = subprocess.Popen(
-        ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", sys.executable, str(script), name, way],
+        [*CONTAINER, sys.executable, str(script), name, way],
         cwd=tmp_path,
         env={**os.environ, "MLFLOW_TRACKING_URI": mlflow_server.uri, "TRACELET_GRACE": "120s"},
     )
     try:
         if way == "term":
-            while not (tmp_path / "ready").exists():
-                assert program.poll() is None
-            (inside,) = Path(f"/proc/{program.pid}/task/{program.pid}/children").read_text().split()
-            os.kill(int(inside), signal.SIGTERM)
-        program.wait(240)
+            until(lambda: (tmp_path / "ready").exists() or program.poll() is not None, 240)
+            os.kill(first_process(program), signal.SIGTERM)
+        assert program.wait(240) == code  # that of process 1: no signal of its own could end it
     finally:
         program.kill()
         program.wait()
@@ -107,3 +117,39 @@ def test_container_that_ends_with_training_delivers_before_it_ends(
     assert run.info.status == status
     assert len(rows_of(mlflow_server, run.info.run_id, "loss")) == 30_000
     assert mlflow_server.artifacts(run.info.run_id) == {"big.bin": 200_000_000}
+
+
+HANDLED = """
+import os, signal, sys, tracelet
+exp = tracelet.start_logging(exp_name="handled", project="container", backend="otlp", run_id="handled")
+assert os.getpid() == 1
+def on_term(number, frame):
+    exp.stop("KILLED")
+    sys.exit(128 + number)
+if sys.argv[1] == "handler":
+    signal.signal(signal.SIGTERM, on_term)
+for i in range(1000):
+    exp.log_metric("loss", i, iteration=i)
+print("logged", flush=True)
+print(sys.stdin.readline())
+exp.stop()
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a PID namespace needs root here")
+@pytest.mark.parametrize(("way", "code", "status"), [("handler", 143, "KILLED"), ("none", 0, "FINISHED")])
+def test_process_1_without_a_shipper_ends_its_run_by_a_handler_of_its_own(
+    tmp_path: Path, clean_environment: Path, otlp_sink: HttpSink, way: str, code: int, status: str
+) -> None:
+    """With TRACELET_SHIPPER=off nothing takes the SIGTERM that the kernel drops: without a handler it goes on."""
+    environ = {"OTEL_EXPORTER_OTLP_ENDPOINT": otlp_sink.url, "TRACELET_SHIPPER": "off"}
+    with started(tmp_path, HANDLED, way, before=CONTAINER, **environ) as program:
+        assert said(program) == "logged"
+        os.kill(first_process(program), signal.SIGTERM)
+        program.communicate("goes on\n" if way == "none" else None, timeout=60)
+        assert program.returncode == code
+    assert otlp_sink.requests == []
+    done = subprocess.run([sys.executable, "-m", "tracelet", "ship"], timeout=60, check=False)
+    assert done.returncode == 0
+    assert otlp_sink.ends("handled") == [status]
+    assert [point.iteration for point in otlp_sink.points("handled")] == list(range(1000))

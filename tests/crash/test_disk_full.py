@@ -1,30 +1,39 @@
 """A disk or a quota that fills up under a whole run: training goes on, the loss is counted, and the run ends as it did.
 
 Pattern: a real program on a small file system (tmpfs, ext2) that is filled to the last byte at a moment of the run,
-with a real shipper and a file elsewhere as the destination; then room again, and everything that was taken arrives.
-Limit: 60 s a program; the file some 40 s.
+with a real shipper and a file elsewhere as the destination; or a real shipper whose disk is filled at one line of ours
+after the other. Then room again, and everything that was taken arrives. Limit: 60 s a program, two minutes for all
+lines; the file some 50 s. TRACELET_SOAK=1: each line there is.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.crash import small_run
 from tests.crash.disks import ext, tmpfs
+from tests.shipper_process import arrived
 from tests.shipping import until
 from tests.sinks import HttpSink, Say
 from tests.spooled import folder_of
 from tracelet.shipper.process import ship
+from tracelet.spool.disk import allocate
 from tracelet.spool.lease import shipper_alive
 from tracelet.spool.store import read_manifest, usage
+
+SOAK = os.environ.get("TRACELET_SOAK") == "1"
 
 PROGRAM = """
 import json, os, pathlib, sys
@@ -136,7 +145,21 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     made: AbstractContextManager[Path]
     made = tmpfs(tmp_path / "disk", "8m") if request.param == "tmpfs" else ext(tmp_path / "disk", "ext2", 8)
     with made as at:
+        assert allocates(at) == (request.param == "tmpfs"), "or it is no test of what it says"
         yield at
+
+
+def allocates(at: Path) -> bool:
+    """Whether the kernel gives a file room there by fallocate(2)."""
+    with (at / "probe").open("wb") as file:
+        try:
+            allocate(file.fileno(), 4096)
+        except OSError as error:
+            assert error.errno == errno.EOPNOTSUPP  # noqa: PT017
+            return False
+        finally:
+            (at / "probe").unlink()
+    return True
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -148,6 +171,92 @@ def test_a_disk_that_is_full_at_any_moment_costs_only_what_is_counted(tmp_path: 
     ended = settled(disk / "spool")
     assert (ended["status"], ended["seen_by"]) == ("FINISHED", "stop")  # its own word, and no guess by its exit code
     check(tmp_path, counted, said)
+
+
+# A child for each line, as in tests/crash/test_shipper_kills.py. Its disk fills up at the line, and has room again once
+# it has said that there is none: whoever needs none at that line or later is through without it.
+LINES = """
+import json, logging, os, pathlib, shutil, sys, threading
+from tests.crash import small_run
+from tests.crash.disks import fill
+from tests.crash.lines import Lines
+from tracelet.shipper import deadletter, loop, process, upkeep
+from tracelet.spool import cursor, files, frames, journal, keep, pages, seal, store
+cursor._COMPACT_AT = 600
+cursor._COMPACT_RATIO = 1
+
+home, disk = pathlib.Path(sys.argv[3]), pathlib.Path(sys.argv[4])
+ballast = disk / "ballast"
+modules = (cursor, deadletter, files, frames, journal, keep, loop, pages, seal, store, upkeep)
+where = tuple(module.__file__ for module in modules)
+lines = Lines(where, every=int(sys.argv[1]), seed=int(sys.argv[2]), fault=lambda: fill(ballast))
+
+class Room(logging.Handler):
+    met = 0
+
+    def emit(self, record):
+        if "No space left" in record.getMessage():
+            self.met += 1
+            ballast.unlink(missing_ok=True)
+
+def shipped(name):
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        room = Room()
+        logging.getLogger("tracelet").addHandler(room)
+        threading.settrace(lines.watch)
+        sys.settrace(lines.watch)
+        outcome = process.ship(
+            disk / name / "run" / "host", follow=True, timeout_s=40,
+            build=lambda *_: small_run.Server(home / f"{name}.store"),
+        )
+        sys.settrace(None)
+        if not lines.last:
+            (home / "lines.json").write_text(json.dumps(lines.met))
+        os.write(writing, json.dumps({"complete": outcome.complete, "met": room.met}).encode())
+        os._exit(0)
+    os.close(writing)
+    with open(reading) as told:
+        said = json.loads(told.read() or "{}")
+    return said | {"code": os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}
+
+small_run.make(home / "made" / "run" / "host")
+shutil.copytree(home / "made", disk / "whole")
+print(json.dumps({"name": "whole", "at": ""} | shipped("whole")))
+for number in lines.turns(json.loads((home / "lines.json").read_text())):
+    name = f"at-{number}"
+    shutil.copytree(home / "made", disk / name)
+    print(json.dumps({"name": name, "at": lines.last, "time": lines.time} | shipped(name)), flush=True)
+    ballast.unlink(missing_ok=True)
+    shutil.move(disk / name, home / name)
+"""
+
+
+def test_a_disk_that_fills_up_at_any_line_of_the_shipper_delays_it_and_nothing_is_lost_or_sent_twice(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    seed = time.time_ns()
+    record_property("seed", seed)
+    # Not under test for the guard: that a disk is full is an error of others, which is counted and said.
+    environ = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    with tmpfs(tmp_path / "disk", "4m") as disk:
+        done = subprocess.run(
+            [sys.executable, "-c", LINES, str(1 if SOAK else 24), str(seed), str(tmp_path), str(disk)],
+            env=environ | {"PYTHONPATH": os.getcwd()}, capture_output=True, text=True,
+            timeout=7200 if SOAK else 120, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        shutil.move(disk / "whole", tmp_path / "whole")
+    shipped = [json.loads(line) for line in done.stdout.splitlines()]
+    record_property("disks filled at a line", len(shipped) - 1)
+    assert len(shipped) > 20
+    assert any(one["met"] for one in shipped), "not one of them needed room"
+    for one in shipped:
+        assert (one["code"], one["complete"]) == (0, True), (one, done.stderr)
+        small_run.assert_shipped(tmp_path / one["name"] / "run" / "host", tmp_path / f"{one['name']}.store", one)
+        numbers = [line["number"] for line in arrived(tmp_path / f"{one['name']}.store")]
+        assert len(numbers) == len(set(numbers)), (one, "a full disk is no reason to send anything twice")
 
 
 def test_a_failure_on_a_full_disk_keeps_its_status_if_not_all_of_its_traceback(tmp_path: Path, disk: Path) -> None:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,16 @@ from typing import Any
 import pytest
 
 from tests.programs import started, written
+from tests.servers import MlflowServer, run_of
 from tests.sinks import HttpSink, attributes, until
 from tests.spooled import folder_of
 from tracelet import launch
-from tracelet.core import delivery, process
+from tracelet.core import delivery, process, run
 from tracelet.spool import store
 from tracelet.spool.lease import shipper_alive
 
 SOAK = os.environ.get("TRACELET_SOAK") == "1"
+NOTICED_NS = 2_000_000_000  # how much later than a death its end may be, by the clock of the shipper that saw it
 
 # One byte for each call that returned: what the pipe holds at the death of the program was acknowledged.
 TRAINING = """
@@ -112,7 +114,7 @@ def kill_and_look(tmp_path: Path, spool: Path, sink: HttpSink, seed: int, how: s
     found = attributes(root)
     assert (found["tracelet.run.state"], root.status.code) == ("KILLED", 2)
     # Who watched knows when it was; who came later takes the last record for it.
-    assert began < root.end_time_unix_nano < (after if how == "shipper too" else time.time_ns())
+    assert began < root.end_time_unix_nano < (after if how == "shipper too" else after + NOTICED_NS)
     points = Counter(point.iteration for point in sink.points(run_id))
     calls = acknowledged.count(b".")
     assert set(range(calls)) <= points.keys()
@@ -143,19 +145,21 @@ def test_all_that_was_acknowledged_outlives_a_kill_at_a_random_moment(
 
 # A child for each line: warm from its parent, it lives for a few milliseconds.
 LINES = """
-import json, os, pathlib, signal, sys
+import json, os, pathlib, signal, sys, time
 import tracelet
 from tests.crash.lines import Lines
 from tracelet.core import artifacts, claim, delivery, experiment, run, values
 from tracelet.spool import files, writer
 writer.Writer.__init__.__kwdefaults__["slots_per_segment"] = 64  # rolls come soon
 
-out, where = sys.argv[3], tuple(sys.argv[4:] or [os.path.dirname(tracelet.__file__)])
+backend = json.loads(sys.argv[3])
+if "file" in backend:
+    backend = tracelet.File(backend["file"])
+where = tuple(sys.argv[4:] or [os.path.dirname(tracelet.__file__)])
 lines = Lines(where, every=int(sys.argv[1]), seed=int(sys.argv[2]))
 
 def scenario(run_id, told):
-    exp = tracelet.start_logging(exp_name="lines", project="kills", backend=tracelet.File(out), run_id=run_id,
-                                 tags={"a": "b"})
+    exp = tracelet.start_logging(exp_name=run_id, project="kills", backend=backend, run_id=run_id, tags={"a": "b"})
     for i in range(150):
         exp.log_metric(f"m{i % 7}", i, iteration=i)
         os.write(told, b".")
@@ -166,6 +170,7 @@ def scenario(run_id, told):
 
 def one(run_id):
     reading, writing = os.pipe()
+    began = time.time_ns()
     child = os.fork()
     if child == 0:
         sys.settrace(lines.watch)
@@ -179,9 +184,11 @@ def one(run_id):
         told += piece
     os.close(reading)
     _, status = os.waitpid(child, 0)
+    gone = time.time_ns()
     code = os.waitstatus_to_exitcode(status)
     assert code in (0, -signal.SIGKILL), code
-    line = {"run": run_id, "at": lines.last, "time": lines.time, "told": told.decode(), "code": code}
+    line = {"run": run_id, "at": lines.last, "time": lines.time, "told": told.decode(), "code": code,
+            "began": began, "gone": gone}
     print(json.dumps(line), flush=True)
 
 one("line-none")
@@ -191,13 +198,16 @@ for number in lines.turns(json.loads(pathlib.Path("lines.json").read_text())):
 
 
 def killed_at_lines(
-    tmp_path: Path, file: Path, every: int, record_property: Callable[[str, object], None], *where: str
+    tmp_path: Path, backend: object, every: int, record_property: Callable[[str, object], None], *where: str
 ) -> list[dict[str, Any]]:
-    """What became of a program killed at each `every`th line; with 1, at each line there is."""
+    """What became of a program killed at each `every`th line; with 1, at each line there is.
+
+    `backend` is one's name, several, or {"file": path}.
+    """
     seed = time.time_ns()
     record_property("seed", seed)
     done = subprocess.run(
-        [sys.executable, str(written(tmp_path, LINES)), str(every), str(seed), str(file), *where],
+        [sys.executable, str(written(tmp_path, LINES)), str(every), str(seed), json.dumps(backend), *where],
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": os.getcwd()}, capture_output=True, text=True,
         timeout=1800 if SOAK else 120, check=False,
     )  # fmt: skip
@@ -226,7 +236,7 @@ def points_of(path: Path) -> dict[str, Counter[int]]:
 
 
 def roots_of(path: Path) -> dict[str, dict[str, Any]]:
-    """The attributes of each run's root span in a file, by run id."""
+    """Each run's root span in a file, by run id, its attributes by their names."""
     found: dict[str, dict[str, Any]] = {}
     for line in path.read_text().splitlines():
         for resource in json.loads(line).get("resourceSpans", []):
@@ -234,7 +244,10 @@ def roots_of(path: Path) -> dict[str, dict[str, Any]]:
             for scope in resource["scopeSpans"]:
                 for span in scope["spans"]:
                     assert named["tracelet.run.id"] not in found, "a second end"
-                    found[str(named["tracelet.run.id"])] = {a["key"]: a["value"] for a in span["attributes"]}
+                    found[str(named["tracelet.run.id"])] = {
+                        **span,
+                        "attributes": {a["key"]: a["value"] for a in span["attributes"]},
+                    }
     return found
 
 
@@ -246,7 +259,7 @@ def test_a_kill_at_any_line_of_start_roll_over_or_stop_loses_nothing_acknowledge
 ) -> None:
     monkeypatch.setenv("TRACELET_SHIPPER", "off")
     file = tmp_path / "out.jsonl"
-    lines = killed_at_lines(tmp_path, file, 1 if SOAK else 12, record_property)
+    lines = killed_at_lines(tmp_path, {"file": str(file)}, 1 if SOAK else 12, record_property)
     assert sum(line["code"] != 0 for line in lines) > 50
     ship(clean_environment)
     look(clean_environment, file, lines)
@@ -257,12 +270,55 @@ def test_a_kill_at_any_line_that_starts_or_awaits_the_shipper_leaves_nothing_und
 ) -> None:
     file = tmp_path / "out.jsonl"
     where = [launch.__file__, delivery.__file__, process.__file__]
-    lines = killed_at_lines(tmp_path, file, 1 if SOAK else 12, record_property, *where)
+    lines = killed_at_lines(tmp_path, {"file": str(file)}, 1 if SOAK else 12, record_property, *where)
     assert sum(line["code"] != 0 for line in lines) > 5
     # Where a shipper was started it delivers all by itself; who died before that one is shipped afterwards.
     until(lambda: all(shipper_alive(folder) is None for folder in clean_environment.glob("*/*")), 90)
     ship(clean_environment)
     look(clean_environment, file, lines)
+
+
+def test_a_kill_at_any_line_has_one_status_and_one_end_time_in_mlflow_and_on_the_root_span(
+    tmp_path: Path,
+    clean_environment: Path,
+    mlflow_server: MlflowServer,
+    sink: HttpSink,
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Callable[[str, object], None],
+) -> None:
+    """Of start, roll-over and stop; the shipper goes on, where the program came as far as to start one."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.uri)
+    where = [os.path.dirname(store.__file__), run.__file__]  # most of the others come before anything is written
+    lines = killed_at_lines(tmp_path, ["mlflow", "otlp"], 8 if SOAK else 100, record_property, *where)
+    assert sum(line["code"] != 0 for line in lines) >= 3
+    until(lambda: all(shipper_alive(folder) is None for folder in clean_environment.glob("*/*")), 90)
+    ship(clean_environment)
+    for line in lines:
+        run_id, (ended,) = line["run"], ends_of(clean_environment, line["run"]) or [None]
+        root = root_span(sink, run_id)
+        assert (root is None) == (ended is None), line
+        assert ended is not None or "." not in line["told"], line
+        if ended is None:
+            continue
+        possible = {"e": ["FINISHED"], "p": ["FINISHED", "KILLED"], ".": ["KILLED"], "": ["KILLED"]}
+        assert ended["status"] in possible[line["told"][-1:]], line
+        assert attributes(root)["tracelet.run.state"] == ended["status"], line
+        assert root.status.code == (0 if ended["status"] == "FINISHED" else 2), line
+        assert root.end_time_unix_nano == ended["end_unix_nano"], line
+        assert line["began"] < root.end_time_unix_nano < line["gone"] + NOTICED_NS, line
+        told = run_of(mlflow_server, run_id, project="kills", status=ended["status"])
+        assert told.info.end_time == root.end_time_unix_nano // 1_000_000, line
+
+
+def ends_of(spool: Path, run_id: str) -> list[Mapping[str, Any]]:
+    """What the manifests say of a run's ends."""
+    return [
+        attempt.ended
+        for folder in spool.glob(f"{run_id}/*")
+        if (manifest := store.read_manifest(folder)) is not None
+        for attempt in manifest.attempts
+        if attempt.ended is not None
+    ]
 
 
 def look(spool: Path, file: Path, lines: list[dict[str, Any]]) -> None:
@@ -274,19 +330,18 @@ def look(spool: Path, file: Path, lines: list[dict[str, Any]]) -> None:
         assert set(range(told.count("."))) <= points.keys(), line
         assert len(points) <= told.count(".") + 1, line
         assert set(points.values()) <= {1}, line
-        ends = [
-            attempt.ended["status"]
-            for folder in spool.glob(f"{run_id}/*")
-            if (manifest := store.read_manifest(folder)) is not None
-            for attempt in manifest.attempts
-            if attempt.ended is not None
-        ]
+        ends = [ended["status"] for ended in ends_of(spool, run_id)]
         if "." in told:
             assert ends in (["KILLED"], ["FINISHED"]), line
-            assert roots[run_id]["tracelet.run.state"]["stringValue"] == ends[0], line
-            assert roots[run_id]["tracelet.tag.a"] == {"stringValue": "b"}, line
+        assert (run_id in roots) == bool(ends), line
+        if run_id in roots:
+            root = roots[run_id]
+            assert root["attributes"]["tracelet.run.state"]["stringValue"] == ends[0], line
+            assert line["began"] < int(root["endTimeUnixNano"]) < line["gone"] + NOTICED_NS, line
+        if "." in told:
+            assert roots[run_id]["attributes"]["tracelet.tag.a"] == {"stringValue": "b"}, line
         if "p" in told:
-            assert roots[run_id]["tracelet.param.late"] == {"intValue": "1"}, line
+            assert roots[run_id]["attributes"]["tracelet.param.late"] == {"intValue": "1"}, line
         if "e" in told:
             assert ends == ["FINISHED"], line
         elif "p" not in told:

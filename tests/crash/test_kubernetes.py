@@ -25,6 +25,7 @@ from tests.crash.clocks import other_clocks
 from tests.crash.test_sidecar import namespace, points
 from tests.shipping import until
 from tests.sinks import HttpSink, Received, Say
+from tests.stack.harness import lacking
 from tracelet.settings import parse_duration, parse_size
 
 LIMIT_S = 60.0
@@ -195,8 +196,9 @@ def test_both_containers_share_folder_and_user_and_the_ends_fit_into_the_grace_p
     )
 
 
-@pytest.mark.skipif(not namespace(), reason="no PID namespace can be made here")
 def test_process_1_that_handles_no_sigterm_goes_on_which_is_why_the_pod_shares_its_namespace(tmp_path: Path) -> None:
+    if not namespace():
+        lacking("no PID namespace can be made here")
     code = "import tracelet; tracelet.start_logging(backend='file'); print('logged', flush=True); print(input())"
     process = subprocess.Popen(
         [*namespace(), sys.executable, "-c", code],

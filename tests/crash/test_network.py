@@ -212,18 +212,6 @@ def test_what_arrived_without_an_answer_is_sent_again_byte_for_byte(line: Line) 
     assert line.letters() == []
 
 
-@pytest.mark.parametrize("line", ["http", "grpc"], indirect=True)
-def test_a_name_that_no_server_knows_waits_and_all_arrives_once_the_address_is_right(line: Line) -> None:
-    line.lane.close()
-    line.lane = line.new_lane(endpoint="http://collector.invalid:4317")
-    line.log()
-    line.run_until(lambda: len(line.waits) >= 2)
-    assert all("collector.invalid" in trouble for trouble in line.troubles)
-    line.lane.close()
-    line.lane = line.new_lane()
-    line.run_until(line.has_all())
-
-
 # ---- answers --------------------------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ Limit: 60 s a program; the file some 30 s.
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -334,3 +335,24 @@ found = [file.tell() for file in mine if not file.closed and os.fstat(file.filen
 """
     assert answers(tmp_path, code + SAY, mapped) == [100_000] * 16
     assert {(tmp_path / f"mine-{i}").read_text() for i in range(16)} == {"z" * 100_000}
+
+
+def test_secrets_of_the_environment_that_are_no_text_hinder_no_delivery(
+    tmp_path: Path, clean_environment: Path
+) -> None:
+    code = """
+exp = tracelet.start_logging(exp_name="x", project="p", backend="file")
+many(10)
+try:
+    with exp:
+        raise ConnectionError("refused: " + os.environ["MY_TOKEN"])
+except ConnectionError:
+    pass
+found = tried(exp.flush, 30)
+"""
+    no_text = os.fsdecode(b"\xff\xfe-planted")
+    proxy = f"http://somebody:{no_text}@127.0.0.1:9"
+    assert answers(tmp_path, code + SAY, MY_TOKEN=no_text, HTTPS_PROXY=proxy) == "True"
+    said = (tmp_path / "tracelet.otlp.jsonl").read_text()
+    assert said.count('"asDouble"') >= 10
+    assert "refused: ***" in said

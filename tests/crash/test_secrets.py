@@ -14,16 +14,19 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import grpc
 import pytest
 
+import tracelet
 from tests.conftest import PREFIXES, processes_of, stop
 from tests.servers import Spoil, recording_proxy
 from tests.shipping import until
 from tests.sinks import GrpcSink, HttpSink, Received, Say
+from tracelet.cli.main import main
 
 PLACES = (
     "header",
@@ -68,7 +71,11 @@ PROGRAM = textwrap.dedent(
     exp.log_params({"lr": 0.1})
     exp.log_artifact(__file__)
     exp.flush(3)
-    exp.stop()
+    try:
+        with exp, exp.span("phase"):
+            raise ConnectionError(f"{os.environ['MY_API_KEY']} is refused by {otlp}, {os.environ['DATABASE_WORD']}")
+    except ConnectionError:
+        pass
     """
 )
 
@@ -152,7 +159,10 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         (host,) = (path for path in run.iterdir() if path.is_dir())
         until(lambda: b"postgresql" in (host / "shipper.log").read_bytes() and len(list(host.glob("rejected-*"))) == 3)
         printed = {"the program": ran.stdout + ran.stderr}
-        for command in (["runs"], ["show", run.name], ["doctor"], ["doctor", "--json"], ["export", run.name]):
+        for command in (
+            *(["runs"], ["show", run.name], ["doctor"], ["doctor", "--json"], ["export", run.name]),
+            *(["ship", "--all", "--timeout", "1s"], ["ship", "--dead-letters", run.name, "--timeout", "1s"], ["prune"]),
+        ):
             done = subprocess.run(
                 [sys.executable, "-m", "tracelet", *command], env=environ, capture_output=True, timeout=60, check=False
             )
@@ -195,3 +205,39 @@ def test_the_folders_of_a_spool_are_their_users_alone_whatever_the_umask(told: d
     assert {str(folder): oct(stat.S_IMODE(folder.stat().st_mode)) for folder in folders} == {
         str(folder): "0o700" for folder in folders
     }
+
+
+MISTYPED = ("u:{}@127.0.0.1:9", "htp://u:{}@127.0.0.1", "http://u:{}@127.0.0.1:port", "http://u:a/{}@127.0.0.1", "{}@h")
+
+
+@pytest.mark.parametrize(
+    "variable", ["MLFLOW_TRACKING_URI", "OTEL_EXPORTER_OTLP_ENDPOINT", "TRACELET_PROMETHEUS_URL", "TRACELET_BACKEND"]
+)
+@pytest.mark.parametrize("mistyped", MISTYPED)
+def test_an_address_that_is_mistyped_shows_its_password_nowhere(
+    variable: str,
+    mistyped: str,
+    clean_environment: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    secret = "planted-s3cret"
+    monkeypatch.setenv(variable, mistyped.format(secret))
+    if variable == "TRACELET_PROMETHEUS_URL":
+        monkeypatch.setenv("TRACELET_BACKEND", "prometheus")
+    said = ""
+    try:
+        with tracelet.Experiment("mistyped", project="crash", shipper="off") as exp:
+            exp.log_metric("loss", 1.0, iteration=1)
+    except tracelet.ConfigError as error:
+        said = f"{error} {error.facts}"
+    main(["doctor", "--offline"])
+    main(["doctor", "--json"])
+    main(["ship", "--all", "--timeout", "0.1s"])
+    main(["runs"])
+    printed = capfd.readouterr()
+    assert "variables" in printed.out
+    assert secret not in printed.out + printed.err + said + caplog.text
+    files = [path for path in clean_environment.rglob("*") if path.is_file()]
+    assert [path.name for path in files if secret.encode() in path.read_bytes()] == []

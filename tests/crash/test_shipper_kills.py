@@ -19,11 +19,10 @@ from typing import Any
 
 import pytest
 
+from tests.crash import small_run
 from tests.shipper_process import REPO, arrived, launch
 from tests.shipping import until
-from tracelet.shipper.deadletter import DeadLetters
 from tracelet.spool import store
-from tracelet.spool.cursor import Progress
 from tracelet.spool.lease import shipper_alive
 
 SOAK = os.environ.get("TRACELET_SOAK") == "1"
@@ -118,11 +117,8 @@ def test_shippers_killed_between_arrival_and_acknowledgement_lose_and_double_not
 LINES = """
 import json, os, pathlib, shutil, sys, threading
 import tracelet
+from tests.crash import small_run
 from tests.crash.lines import Lines
-from tests.shipper_process import StoreFile
-from tests.shipping import add_attempt, end, open_writer, put, start
-from tracelet.exporters.base import Refusal, Rejected
-from tracelet.records import ParamsLogged
 from tracelet.shipper import deadletter, process, reship, shipment
 from tracelet.spool import store
 
@@ -130,47 +126,21 @@ home = pathlib.Path(sys.argv[3])
 where = tuple(os.path.join(os.path.dirname(tracelet.__file__), part) for part in ("shipper", "spool"))
 lines = Lines(where, every=int(sys.argv[1]), seed=int(sys.argv[2]))
 
-class Picky:
-    "It takes all but one point."
-    note = {}
-
-    def __init__(self, arriving, batch):
-        self.arriving, self.batch = arriving, batch
-
-    def attempt(self):
-        answer = self.arriving.attempt()
-        bad = [n for part in self.batch.parts for n in part.points.iterations if n == 77]
-        return Rejected(tuple(Refusal("point", "no", {"iteration": n}) for n in bad)) if bad else answer
-
-class Server(StoreFile):
-    max_points = 100
-
-    def begin(self, batch, note=None):
-        return Picky(super().begin(batch, note), batch)
-
 def shipped(name, mortal):
     child = os.fork()
     if child == 0:
         if mortal:
             threading.settrace(lines.watch)
             sys.settrace(lines.watch)
-        code = process.main([str(home / name / "run" / "host")], build=lambda *_: Server(home / f"{name}.store"))
+        build = lambda *_: small_run.Server(home / f"{name}.store")
+        code = process.main([str(home / name / "run" / "host")], build=build)
         sys.settrace(None)
         if not lines.last:
             (home / "lines.json").write_text(json.dumps(lines.met))
         os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
-folder = home / "made" / "run" / "host"
-attempt = add_attempt(folder, "a")
-writers = [open_writer(folder, attempt, role, slots_per_segment=64) for role in ("first", "child")]
-start(writers[0])
-for i in range(300):
-    writers[i % 2].log(f"m{i % 3}", float(i), i)
-put(writers[0], ParamsLogged(1, {"lr": 0.1}))
-for writer in writers:
-    end(writer)
-
+small_run.make(home / "made" / "run" / "host")
 shutil.copytree(home / "made", home / "whole")
 code = shipped("whole", True)
 print(json.dumps({"name": "whole", "at": "", "codes": [code]}))
@@ -198,15 +168,7 @@ def test_a_shipper_killed_at_any_line_loses_and_doubles_nothing_and_the_next_one
     for one in killed:
         assert one["codes"][-1] == 0, one
         assert set(one["codes"]) <= {0, -signal.SIGKILL}, one
-        file, folder = tmp_path / f"{one['name']}.store", tmp_path / one["name"] / "run" / "host"
-        assert sorted(values(file)) == [float(i) for i in range(300)], one
-        assert [end["status"] for end in ends(file)] == ["FINISHED"], one
-        assert [letter.facts for letter in DeadLetters(folder, "memory-a").waiting()] == [{"iteration": 77}], one
-        progress = Progress(folder)
-        progress.refresh()
-        there = progress.destinations["memory-a"]
-        assert (there.delivered, there.refused) == (299, 1), one
-        assert not list(folder.glob("*.points")), one  # all of it counts as delivered
+        small_run.assert_shipped(tmp_path / one["name"] / "run" / "host", tmp_path / f"{one['name']}.store", one)
 
 
 def test_a_killed_program_is_killed_at_once_with_every_point_that_was_logged(

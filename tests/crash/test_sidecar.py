@@ -19,7 +19,7 @@ import pytest
 
 from tests.shipping import until
 from tests.sinks import HttpSink, Say
-from tests.stack.harness import is_running
+from tests.stack.harness import is_running, lacking
 
 LIMIT_S = 60.0
 
@@ -73,11 +73,15 @@ class Sidecar:
     def said(self) -> str:
         return self._log.read_text()
 
+    @property
+    def pid(self) -> int:
+        """Of the command itself, seen from here."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return int(children[0]) if children and "unshare" in str(self.process.args) else self.process.pid
+
     def terminate(self) -> int:
         """SIGTERM to the command itself, as a container's engine sends it, and its exit code."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        inside = int(children[0]) if children and "unshare" in str(self.process.args) else self.process.pid
-        os.kill(inside, signal.SIGTERM)
+        os.kill(self.pid, signal.SIGTERM)
         return self.process.wait(LIMIT_S)
 
     def __enter__(self) -> Sidecar:
@@ -137,7 +141,10 @@ def test_runs_that_come_one_after_the_other_are_delivered_to_their_ends(
 def test_a_killed_program_is_noticed_by_its_lock_across_namespaces(
     spool: Path, tmp_path: Path, otlp_sink: HttpSink
 ) -> None:
+    if not namespace():
+        lacking("no PID namespace can be made here")
     with Sidecar(spool, tmp_path / "sidecar.log") as sidecar:
+        assert os.readlink(f"/proc/{sidecar.pid}/ns/pid") != os.readlink("/proc/self/ns/pid")
         with training(spool, otlp_sink, "killed", 5000, "wait") as program:
             until(lambda: len(points(otlp_sink, "killed")) == 5000, LIMIT_S)
             assert otlp_sink.ends("killed") == []

@@ -37,7 +37,7 @@ if forked and os.fork() == 0:
     struct.pack_into("<Q", shared, 64, 1)
     while True:
         threading.Event().wait(1)
-log, pack = writer.log, struct.Struct("<Q").pack_into
+log, told = writer.log, memoryview(shared).cast("Q")  # pack_into would write zeros first: a death may come between
 i = 0
 while True:
     i += 1
@@ -45,7 +45,7 @@ while True:
     if i % 100 == 0:
         writer.frame(TEXT, b"%d" % i, 1)
         log(f"name {i}", 0.0, i)
-    pack(shared, 0, i)
+    told[0] = i
 """
 
 
@@ -59,7 +59,7 @@ def killed(folder: Path, *, mapped: bool, after_s: float, forked: bool = False) 
         with open(page, "r+b") as file, mmap.mmap(file.fileno(), 4096) as shared:
 
             def acknowledged() -> int:
-                return int(struct.unpack_from("<Q", shared)[0])
+                return int(struct.unpack_from("Q", shared)[0])
 
             until(lambda: acknowledged() > 10 and (not forked or bool(shared[64])))
             if forked:

@@ -1,7 +1,8 @@
 """16 threads that log, register names, roll segments and convert slowly, all at once, under the eyes of live readers.
 
 Pattern: one Writer with small segments; beside its threads two readers (one as on a machine whose stores may become
-visible in another order) and a whole shipment. Limit: 4 s of logging a case; 5 min with TRACELET_SOAK=1.
+visible in another order) and a whole shipment. Then an experiment, with its own shipper. Limit: 4 s of logging a case;
+5 min with TRACELET_SOAK=1.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.shipping import Alive, add_attempt, end, open_writer, put, shipment, start
+import tracelet
+from tests.shipping import Alive, add_attempt, end, open_writer, put, shipment, start, until
+from tests.sinks import HttpSink, attributes
 from tracelet import codec
 from tracelet.records import MetricNamed, ParamsLogged
 from tracelet.spool.points import SLOT
@@ -53,12 +57,25 @@ def value_of(thread: int, iteration: int) -> float:
     return thread * 1e9 + iteration
 
 
+@dataclass(frozen=True)
+class Calls:
+    """What the threads call: a Writer's own, or an experiment's."""
+
+    log: Callable[[str, Any, int], None]
+    log_many: Callable[[dict[str, Any], int], None]
+    log_params: Callable[[dict[str, Any]], None]
+
+
+def of_writer(writer: Writer) -> Calls:
+    return Calls(writer.log, writer.log_many, lambda params: put(writer, ParamsLogged(time.time_ns(), params)))
+
+
 class Logging:
     """The threads, and how far each has come."""
 
-    def __init__(self, writer: Writer) -> None:
-        self.writer = writer
-        self.until = time.monotonic() + SECONDS
+    def __init__(self, calls: Calls, seconds: float) -> None:
+        self.calls = calls
+        self.until = time.monotonic() + seconds
         self.logged = [0] * THREADS
         self.params = [0] * THREADS
         self.faults: list[BaseException] = []
@@ -72,16 +89,16 @@ class Logging:
                     value: Any = value_of(number, i)
                     if number == 0 and i % 50 == 0:
                         value = Slow(value)
-                    self.writer.log(f"t{number}", value, i)
+                    self.calls.log(f"t{number}", value, i)
                     self.logged[number] = i + 1
                 first = i + 1
                 name = f"t{number}.{min(i // 100, NAMES)}"
-                self.writer.log_many({name: value_of(number, i), f"{name}.b": value_of(number, i)}, i)
+                self.calls.log_many({name: value_of(number, i), f"{name}.b": value_of(number, i)}, i)
                 if number == 1:
                     with pytest.raises(RuntimeError, match="device lost"):
-                        self.writer.log("never", Raises(), i)
+                        self.calls.log("never", Raises(), i)
                 if number % 4 == 2:
-                    put(self.writer, ParamsLogged(time.time_ns(), {f"p{number}": i}))
+                    self.calls.log_params({f"p{number}": i})
                     self.params[number] += 1
         except Exception as error:  # noqa: BLE001 - told by the test's own thread
             self.faults.append(error)
@@ -136,7 +153,7 @@ def test_16_threads_with_names_rolls_and_slow_values_lose_and_mix_nothing(
     stop = threading.Event()
     shipper = threading.Thread(target=shipped.run, kwargs={"follow": True, "stop": stop})
     followers = [Follower(folder, str(writer.writer_id), strong_order=strong) for strong in (True, False)]
-    logging = Logging(writer)
+    logging = Logging(of_writer(writer), SECONDS)
     switch = sys.getswitchinterval()
     sys.setswitchinterval(1e-4)  # 50 times as many changes of thread as usual
     try:
@@ -173,3 +190,43 @@ def test_16_threads_with_names_rolls_and_slow_values_lose_and_mix_nothing(
             for metric_id, iteration in zip(part.points.metric_ids, part.points.iterations, strict=True):
                 arrived[part.points.names[metric_id]].append(iteration)
     assert arrived == followers[0].points == followers[1].points
+
+
+def test_16_threads_of_an_experiment_with_names_rolls_and_slow_values_are_delivered_whole(
+    otlp_sink: HttpSink, monkeypatch: pytest.MonkeyPatch, record_property: Callable[[str, object], None]
+) -> None:
+    """The same work by the calls that training has, under the eyes of the run's own shipper."""
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", otlp_sink.url)
+    monkeypatch.setitem(Writer.__init__.__kwdefaults__, "slots_per_segment", 700)
+    exp = tracelet.Experiment("threads", project="threads", backend="otlp")
+    # By its name at each call: the first ones find no run yet, and the start gives it another function.
+    calls = Calls(lambda *one: exp.log_metric(*one), exp.log_metrics, exp.log_params)
+    logging = Logging(calls, min(SECONDS / 4, 4.0))  # the receiver keeps it all in memory
+    switch = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    try:
+        for thread in logging.threads:
+            thread.start()
+        for thread in logging.threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(switch)
+        exp.stop()
+    assert logging.faults == []
+    assert exp.stats.refused == 0
+    until(lambda: otlp_sink.ends(str(exp.id)), 120)
+    arrived: dict[str, list[int]] = defaultdict(list)
+    for point in otlp_sink.points(exp.id):
+        assert point.value == value_of(int(point.name[1:].split(".")[0]), point.iteration)
+        arrived[point.name].append(point.iteration)
+    assert "never" not in arrived
+    for number in range(THREADS):
+        assert arrived[f"t{number}"] == list(range(logging.logged[number]))
+        last = {f"t{number}.{min(i // 100, NAMES)}": None for i in range(99, logging.logged[number], 100)}
+        assert set(last) == {name for name in arrived if name.startswith(f"t{number}.") and not name.endswith(".b")}
+    total = sum(len(one) for one in arrived.values())
+    assert total == exp.stats.logged > 5 * 700
+    params = attributes(next(span for span in otlp_sink.spans() if span.name == "run threads"))
+    for number in range(2, THREADS, 4):
+        assert params[f"tracelet.param.p{number}"] == logging.logged[number] - 1
+    record_property("points of an experiment", total)

@@ -1,16 +1,19 @@
 """Runs in a notebook: what a cell, a kernel's restart and its end make of them, in a real IPython kernel.
 
-Pattern: cells are sent to a kernel as Jupyter does, and the spool is read. Limit: a minute for each answer.
+Pattern: cells are sent to a kernel as Jupyter does, and the spool is read, or a real MLflow. Limit: a minute for each
+answer.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.servers import MlflowServer, rows_of, run_of
 from tests.spooled import folder_of, read
 from tracelet.records import WriterEnded, WriterOpened
 
@@ -129,3 +132,37 @@ def test_a_kernel_that_is_shut_down_leaves_its_run_killed_and_a_stopped_one_as_i
     notebook.manager.shutdown_kernel(now=False)
     for run_id, status in (("stopped", "FINISHED"), ("going", "KILLED")):
         assert [one.status for one in read(folder_of(clean_environment, run_id)).of(WriterEnded)] == [status]
+
+
+IN_MLFLOW = BEGIN.replace('backend="file", shipper="off"', 'backend="mlflow"')
+assert IN_MLFLOW != BEGIN
+
+
+@pytest.mark.parametrize(
+    ("name", "now", "status"),
+    [("restarted", False, "KILLED"), ("killed", True, "KILLED"), ("stopped", False, "FINISHED")],
+)
+def test_what_becomes_of_a_kernel_stands_in_mlflow(
+    tmp_path: Path,
+    mlflow_server: MlflowServer,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    now: bool,
+    status: str,
+) -> None:
+    """The run's own shipper outlives the kernel, also one that is killed with SIGKILL (`now`)."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.uri)
+    notebook = Notebook(tmp_path)
+    try:
+        assert notebook.run(IN_MLFLOW.replace("cells", name)) == "ok"
+        assert notebook.run("raise ValueError('a typo')") == "ValueError"
+        assert run_of(mlflow_server, name, project="notebook").info.status == "RUNNING"
+        if name == "stopped":
+            assert notebook.run("tracelet.stop_logging()") == "ok"
+        notebook.manager.restart_kernel(now=now)
+        restarted = time.time()
+        run = run_of(mlflow_server, name, project="notebook", status=status, within_s=LIMIT_S)
+    finally:
+        notebook.close()
+    assert [row.value for row in rows_of(mlflow_server, run.info.run_id, "loss")] == [1.0]
+    assert run.info.end_time <= (restarted + 2) * 1000

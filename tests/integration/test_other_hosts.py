@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,8 +22,9 @@ import pytest
 
 from tests.integration.test_cli_ship import tracelet, train, training
 from tests.shipping import until
-from tests.sinks import HttpSink
+from tests.sinks import HttpSink, attributes
 from tests.stack.harness import is_running
+from tests.system import place, system_program
 from tracelet.cli import ship
 from tracelet.cli.main import main
 from tracelet.spool import home, store
@@ -52,6 +54,13 @@ def state(to: Path) -> str:
     return str(run["state"])
 
 
+def has_ended_as(sink: HttpSink, run_id: str, status: str) -> bool:
+    """Whether the destination has heard of one end, and of the root span that is one: both say this status."""
+    roots = [span for span in sink.spans() if span.name == "run digits"]
+    told = [(attributes(root)["tracelet.run.state"], root.status.code) for root in roots]
+    return sink.ends(run_id) == [status] and told == [(status, 0 if status == "FINISHED" else 2)]
+
+
 @pytest.fixture
 def shared(tmp_path: Path, clean_environment: Path, otlp_sink: HttpSink) -> Iterator[Path]:
     """A spool in which another host's program goes on, or so it looks from here: it has written no END."""
@@ -74,6 +83,7 @@ def test_whoever_knows_that_it_is_dead_ends_it_with_assume_dead(shared: Path, ot
     done = tracelet("ship", "far", "--assume-dead", "--dir", str(shared))
     assert done.returncode == 0, done.stdout + done.stderr
     assert state(shared) == "KILLED"
+    assert has_ended_as(otlp_sink, "far", "KILLED")
     assert len([p for p in otlp_sink.points() if p.name == "loss"]) == 1000
 
 
@@ -113,6 +123,7 @@ def test_three_missed_leases_end_a_run_and_a_kept_one_does_not(
     assert re.search(r"the shipper on \S+ gave a sign of life .* ago; watching for the next", said)
     assert len({lease.beat for lease in looks if lease is not None}) > 5
     assert state(shared) == "KILLED"
+    assert has_ended_as(otlp_sink, "far", "KILLED")
     assert len([p for p in otlp_sink.points() if p.name == "loss"]) == 1000
 
 
@@ -126,6 +137,7 @@ def test_an_end_that_was_written_elsewhere_is_an_end_here(
     done = tracelet("ship", "--dir", str(tmp_path / "shared"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert state(tmp_path / "shared") == "FINISHED"
+    assert has_ended_as(otlp_sink, "done", "FINISHED")
     assert len([p for p in otlp_sink.points() if p.name == "loss"]) == 2000
 
 
@@ -137,7 +149,8 @@ def test_a_run_of_this_host_before_its_last_start_is_dead(
     store.update_manifest(target, lambda one: dataclasses.replace(one, host=store.host_name()))  # type: ignore[type-var]
     done = tracelet("ship", "before", "--dir", str(tmp_path / "shared"))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert state(tmp_path / "shared") in ("KILLED", "FAILED")
+    assert state(tmp_path / "shared") == "KILLED"
+    assert has_ended_as(otlp_sink, "before", "KILLED")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
@@ -153,21 +166,54 @@ def test_another_user_is_told_whose_the_folder_is(tmp_path: Path, clean_environm
     assert "belongs to user 12345, and this process runs as user 0 (root)" in done.stdout + done.stderr
     assert "under one user id" in done.stdout + done.stderr
     assert sorted(path.name for path in folder.iterdir()) == before
-    followed = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-m", "tracelet", "ship", "--follow"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-    )
-    assert followed.stdout is not None
-    said = ""
-    while "under one user id" not in said:
-        line = followed.stdout.readline()
-        assert line, said
-        said += line
-    followed.send_signal(signal.SIGTERM)
-    assert followed.wait(30) == 1
-    followed.stdout.close()
+    ) as followed:
+        limit = threading.Timer(60.0, followed.kill)
+        limit.start()
+        assert followed.stdout is not None
+        said = ""
+        while "under one user id" not in said:
+            line = followed.stdout.readline()
+            assert line, said
+            said += line
+        followed.send_signal(signal.SIGTERM)
+        followed.stdout.read()
+    limit.cancel()
+    assert followed.returncode == 1
+
+
+@pytest.mark.parametrize("closed", ["spool", "run"])
+def test_a_user_who_may_not_even_look_into_anothers_folder_is_told_whose_it_is(
+    clean_environment: Path, otlp_sink: HttpSink, closed: str
+) -> None:
+    """Two containers of a pod under two uids: one's folders are 0700, and the other one is nobody special."""
+    with place() as at:
+        spool = at.folder / "spool"
+        train("theirs", 10, OTEL_EXPORTER_OTLP_ENDPOINT=otlp_sink.url, TRACELET_DIR=str(spool))
+        for path in (spool, *spool.rglob("*")):
+            os.chown(path, 12345, 12345)
+        if closed == "run":
+            spool.chmod(0o777)  # a volume that is everybody's
+        else:
+            assert spool.stat().st_mode & 0o777 == 0o700
+        other = [system_program("setpriv"), "--reuid=12346", "--regid=12346", "--clear-groups"]
+        command = at.inside(*other, str(at.programs / "tracelet"))
+        # The working folder is root's, and closed to it as well.
+        environ = {"TRACELET_DIR": str(spool), "HOME": str(at.folder)}
+        for words in (["ship"], ["ship", "--follow"]):  # which has nothing to follow, and leaves by itself
+            done = subprocess.run(
+                [*command, *words],
+                env={**os.environ, **environ}, capture_output=True, text=True, timeout=60, check=False,
+            )  # fmt: skip
+            assert "belongs to user 12345, and this process runs as user 12346" in done.stderr
+            assert "under one user id" in done.stderr
+            assert "Traceback" not in done.stderr
+            assert done.returncode == 1
+        assert otlp_sink.requests == []
 
 
 def test_a_shipper_whose_folder_is_deleted_says_so_and_leaves(

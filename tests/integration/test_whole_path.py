@@ -179,7 +179,7 @@ def test_links_and_backend_ids_are_told(
     assert caplog.text.count(links["mlflow"]) == 1
 
 
-def test_log_model_under_the_active_run_lands_in_the_run_and_leaves_its_status(
+def test_log_model_under_the_active_run_lands_in_the_run_and_the_registry_and_leaves_its_status(
     tmp_path: Path, mlflow_server: MlflowServer
 ) -> None:
     train(
@@ -193,9 +193,11 @@ def test_log_model_under_the_active_run_lands_in_the_run_and_leaves_its_status(
         with tracelet.start_logging(exp_name="model", project="whole-path", backend="mlflow") as exp:
             with exp.mlflow() as run:
                 import mlflow
-                mlflow.sklearn.log_model(model, name="model")
+                mlflow.sklearn.log_model(model, name="model", registered_model_name="whole-path")
                 loaded = mlflow.sklearn.load_model(f"runs:/{run.info.run_id}/model")
                 assert abs(loaded.predict([[2.0]])[0] - 2.0) < 1e-9
+                registered = mlflow.sklearn.load_model("models:/whole-path/1")
+                assert abs(registered.predict([[2.0]])[0] - 2.0) < 1e-9
                 assert mlflow.get_run(run.info.run_id).info.status == "RUNNING"
             exp.log_metric("after", 1.0, iteration=0)
             assert exp.flush(60)
@@ -204,3 +206,5 @@ def test_log_model_under_the_active_run_lands_in_the_run_and_leaves_its_status(
     )
     run = run_of(mlflow_server, "model", status="FINISHED")
     assert run.data.metrics["after"] == 1.0
+    (version,) = mlflow_server.ask("model-versions/search?filter=name%3D'whole-path'")["model_versions"]
+    assert (version["version"], version["run_id"]) == ("1", run.info.run_id)

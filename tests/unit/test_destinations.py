@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from tracelet.addresses import without_credentials
 from tracelet.backends import OTLP, Console, File, MLflow, Prometheus, Spec
 from tracelet.destinations import to_destination, tracking_uri
 from tracelet.errors import ConfigError
@@ -145,8 +144,3 @@ def test_a_file_is_absolute_and_the_console_is_served_in_process() -> None:
     assert to_destination(File("out.jsonl"), {}, CWD)[0]["spec"] == {"path": "/work folder/out.jsonl"}
     assert to_destination(File(), {}, CWD)[0]["spec"] == {"path": "/work folder/tracelet.otlp.jsonl"}
     assert to_destination(Console(), {}, CWD)[0]["in_process"] is True
-
-
-@pytest.mark.parametrize("uri", ["sqlite:////x/mlflow.db", "http://h:1/p?q=1", "", "mlruns", "http://[::1]:5000"])
-def test_an_address_without_credentials_is_untouched(uri: str) -> None:
-    assert without_credentials(uri) == uri

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ast
+import os
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 import tracelet
+from tests.crash.limit import limited
 
 ROOT = Path(__file__).parents[2]
 FILES = [
@@ -105,3 +109,52 @@ def test_a_crash_test_says_its_pattern_and_its_limit_in_time(path: Path) -> None
     said = ast.get_docstring(ast.parse(path.read_text())) or ""
     assert "Pattern: " in said
     assert "Limit: " in said
+
+
+@pytest.mark.parametrize("wait", ["read", "readline", "lock", "loop", "child"])
+def test_a_crash_test_that_waits_without_end_fails_when_its_limit_is_over(wait: str) -> None:
+    reading, writing = os.pipe()
+    lock = threading.Lock()
+    sleeper = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    waits = {
+        "read": lambda: os.read(reading, 1),
+        "readline": lambda: sleeper.stdout.readline(),  # type: ignore[union-attr]
+        "lock": lambda: lock.acquire() and lock.acquire(),
+        "loop": lambda: all(iter(lambda: True, False)),
+        "child": sleeper.wait,
+    }
+    put_away = []
+
+    def crash_test() -> None:
+        try:
+            waits[wait]()
+        finally:
+            put_away.append(wait)
+
+    try:
+        with pytest.raises(pytest.fail.Exception, match=r"not over after 0\.2 s"), limited(0.2):
+            crash_test()
+        assert put_away == [wait]
+        assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    finally:
+        sleeper.communicate(timeout=60)
+        os.close(reading)
+        os.close(writing)
+
+
+def test_a_forked_child_of_a_crash_test_that_sets_an_alarm_ends_by_it() -> None:
+    with limited(60):
+        child = os.fork()
+        if child == 0:
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+            while True:
+                pass
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGALRM
+
+
+def test_every_crash_test_has_that_limit() -> None:
+    asked = [sys.executable, "-m", "pytest", "--setup-plan", "-q", "tests/crash/test_clock.py"]
+    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    tests = [line for line in done.stdout.splitlines() if "test_clock.py::" in line]
+    assert tests
+    assert all("limit_in_time" in line for line in tests), done.stdout

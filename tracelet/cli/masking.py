@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from tracelet.sieve import MASK, Sieve, open_text
+from tracelet.addresses import MASK, shown_addresses
+from tracelet.sieve import Sieve, open_text
 
 __all__ = ["Sieve", "open_text", "shown"]
 
@@ -17,6 +18,7 @@ _OPEN = re.compile(
     r"|TRACELET_(?:BACKEND|PROJECT|EXPERIMENT_NAME|DIR|SHIPPER|RUN_ID|KEEP|MAX_BYTES|GRACE)",
     re.IGNORECASE,
 )
+_ADDRESS = re.compile(r"(?:ENDPOINT|URI|PROXY|BACKEND)$", re.IGNORECASE)  # one without a scheme may stand there, too
 
 
 def shown(name: str, value: str) -> str:
@@ -31,5 +33,5 @@ def shown(name: str, value: str) -> str:
         names = [part.partition("=")[0].strip() for part in value.split(",") if "=" in part]
         return f"set ({', '.join(f'{header}={MASK}' for header in names)})" if names else "set"
     if _OPEN.fullmatch(name):
-        return open_text(value)
+        return shown_addresses(value) if _ADDRESS.search(name) else open_text(value)
     return "set"

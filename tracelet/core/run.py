@@ -322,6 +322,17 @@ class Run:
             )
         )
 
+    def sieved(self, error: ErrorInfo) -> ErrorInfo:
+        """`error` without secrets of the environment and the destinations.
+
+        Its text and stack are mostly the words of others: of a driver that was given an address, a client that repeats
+        its headers.
+        """
+        from tracelet.sieve import Sieve  # seldom needed, and 1 ms
+
+        sieve = Sieve({**os.environ, **self.ticket.environ}, self.ticket.secrets.values())
+        return ErrorInfo(error.type, sieve(error.message), sieve(error.stacktrace))
+
     def closed_error(self) -> RunClosed:
         """What a call on the stopped run raises."""
         return closed_error(self.ticket.run_id)
@@ -386,7 +397,7 @@ class Run:
             time_unix_nano=time.time_ns(),
             status=ending.status if first else None,
             seen_by=self._final(ending.seen_by),
-            error=ending.error if first else None,
+            error=self.sieved(ending.error) if first and ending.error is not None else None,
             exit_code=ending.exit_code if first else None,
         )
         kind, payload = codec.encode(record)

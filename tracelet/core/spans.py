@@ -40,7 +40,7 @@ def span(run: Run, name: str, attributes: Mapping[str, Scalar], *, attach: bool)
                 stack.enter_context(_attached(name, trace_id, span_id))
             yield
     except BaseException as raised:  # recorded and raised again, whatever it is
-        error = process.describe(raised)
+        error = run.sieved(process.describe(raised))
         raise
     finally:
         try:

@@ -137,6 +137,8 @@ class OTLPExporter:
         elif reply.credentials or (reply.kind == "later" and self._files[signal] != fingerprint(*options.files())):
             # Certificates, headers and credential providers are read when a sender is made: the next try has new ones.
             self._drop(signal)
+        elif reply.unresolved:
+            self._drop(signal)
         return reply
 
     def _control(self, signal: str) -> bool:

@@ -55,6 +55,7 @@ class Reply:
     after_s: float | None = None
     loud: bool = False
     credentials: bool = False  # refused for who we are: they are read anew before the next try
+    unresolved: bool = False  # the channel keeps to that for up to two minutes: the next try has a new one
     elsewhere: bool = False  # only this signal's address is at fault, others may go on
 
 

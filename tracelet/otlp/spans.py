@@ -32,7 +32,7 @@ def ended_span(run: RunInfo, opened: WriterOpened, start: SpanStarted, end: int,
         start.name,
         span_id=start.span_id,
         parent=start.parent_span_id,
-        times=(start.start_unix_nano, end),
+        times=(start.start_unix_nano, max(end, start.start_unix_nano)),  # over a clock that was set back meanwhile
         values=_params(start.attributes),
         error=error,
         error_type=None if error is None else error.type,

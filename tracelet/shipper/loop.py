@@ -415,6 +415,8 @@ class Lane:
             writer = self._site.roster.first_of(attempt.key)
             if writer is None or self._site.is_over(writer) or self._site.deaths.is_dead(writer):
                 continue
+            if self._site.deaths.from_elsewhere and not self._site.is_newest(attempt):
+                continue  # nothing shows that it is dead, and a newer one has begun: it would live for ever
             self._beat_at = now
             batch = Batch(
                 0,

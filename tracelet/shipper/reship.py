@@ -182,7 +182,7 @@ class _Part:
 
     def _point(self, facts: Mapping[str, Any]) -> None:
         name, time, iteration, value = facts["name"], facts["time_unix_nano"], facts["iteration"], facts["value"]
-        if not isinstance(name, str) or not name or time not in _UINT64 or iteration not in _INT64:
+        if not isinstance(name, str) or not name or not _is_in(time, _UINT64) or not _is_in(iteration, _INT64):
             raise ValueError("a point has a name, a time and an iteration")
         value = float(value)  # NaN and infinities are texts: JSON has no word for them
         if facts.get("dense"):
@@ -191,6 +191,10 @@ class _Part:
         self.values.append(value)
         self.iterations.append(iteration)
         self.metric_ids.append(self.ids.setdefault(name, len(self.ids)))
+
+
+def _is_in(value: object, numbers: range) -> bool:
+    return isinstance(value, int) and value in numbers  # a float in a range is looked for one by one, for years
 
 
 def _record(letter: Letter, facts: Mapping[str, Any]) -> Record:

@@ -394,7 +394,10 @@ class Site:
         watched = self.deaths.was_seen_alive(first) and not self.deaths.from_elsewhere
         gone = self._clock.time_ns() if ended is not None or watched else self._last_record_unix_nano(first)
         verdict = decide(ended, exit_code=self.deaths.exit_code(first) if dead else None, gone_unix_nano=gone)
-        return dataclasses.replace(verdict, rank=self.roster.opened[first].rank)
+        opened = self.roster.opened[first]
+        # Over a clock that was set back meanwhile: nothing ends before it began.
+        end = max(verdict.end_unix_nano, opened.attempt_started_unix_nano, opened.time_unix_nano)
+        return dataclasses.replace(verdict, rank=opened.rank, end_unix_nano=end)
 
     def _waits_for_rank_0(self, attempt: Attempt, now: float) -> bool:
         """Whether the rank whose end is the run's may only just start, where others had little to do and are over.

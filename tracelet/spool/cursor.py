@@ -20,6 +20,7 @@ from tracelet.spool.journal import (
     head_is_whole,
     intent_to_json,
     line,
+    may_be_torn,
     opening,
     parse,
     positions_to_json,
@@ -104,7 +105,8 @@ class Journal:
         if self._size < len(data):
             os.ftruncate(self._fd, self._size)
         copy = None if head_is_whole(lines) else self._read_copy()
-        damaged = 0
+        # Said too: else a journal that is zeroed to its end would be sent again without a word.
+        damaged = 0 if may_be_torn(data[self._size :]) else max(1, data.count(b"\n", self._size))
         for one in copy or ():
             assert one is not None
             self._state.apply(*one)

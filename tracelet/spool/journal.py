@@ -18,7 +18,7 @@ from zlib import crc32
 from tracelet.errors import SpoolFormatError
 from tracelet.spool.reader import Position, SlotRange
 
-__all__ = ["FORMAT", "Intent", "Line", "State", "head_is_whole", "line", "parse", "split"]
+__all__ = ["FORMAT", "Intent", "Line", "State", "head_is_whole", "line", "may_be_torn", "parse", "split"]
 
 _NOT_WHAT_IT_SAYS = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
 
@@ -67,6 +67,14 @@ def split(data: bytes) -> tuple[list[Line], int]:
     while lines and lines[-1] is None:
         lines.pop()
     return lines, good
+
+
+def may_be_torn(rest: bytes) -> bool:
+    """Whether a death in the middle of a line may have left this behind the last whole one: its beginning, or nothing.
+
+    The loss of power, too, can leave more: zeros where a page was.
+    """
+    return all(0x20 <= byte < 0x7F for byte in rest)
 
 
 def head_is_whole(lines: Sequence[Line]) -> bool:

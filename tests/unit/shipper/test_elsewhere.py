@@ -94,7 +94,9 @@ class Bench:
     def lane(self) -> Lane:
         manifest = store.read_manifest(self.folder)
         assert manifest is not None
-        deaths = Deaths(self.folder, is_alive=lambda writer: True, every_s=0.0, clock=self.clock.monotonic)
+        deaths = Deaths(
+            self.folder, is_alive=lambda writer: True, every_s=0.0, clock=self.clock.monotonic, from_elsewhere=True
+        )
         self.site = Site(self.folder, manifest, deaths, clock=self.clock, silent=lambda writers: self.silent)
         return Lane(self.site, destination("a"), lambda: self.exporter, clock=self.clock)
 
@@ -132,4 +134,20 @@ def test_an_old_attempt_is_never_lost(folder: Path) -> None:
     bench.silent = True
     lane = bench.lane()
     assert bench.told(lane) == []
+    lane.close()
+
+
+def test_an_attempt_of_another_host_that_nobody_saw_die_sends_no_heartbeat_once_a_newer_one_has_begun(
+    folder: Path,
+) -> None:
+    """Without a lease nothing ever shows that it is dead: its RUNNING would stand beside the end of the newer one."""
+    bench = Bench(folder)
+    lane = bench.lane()
+    bench.told(lane)
+    assert len(bench.exporter.store.beats) == 1
+    add_attempt(folder, "a")
+    bench.site.manifest = store.read_manifest(folder) or bench.site.manifest
+    bench.told(lane)
+    bench.told(lane)
+    assert len(bench.exporter.store.beats) == 1
     lane.close()

@@ -39,7 +39,7 @@ class Bench:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.clock = ManualClock()
+        self.clock = ManualClock(time.time_ns())  # of the day that the writers see
         self.alive = Alive()
         self.attempt = add_attempt(folder, "a")
         self.writer = open_writer(folder, self.attempt)

@@ -419,7 +419,9 @@ class MLflowDelivery:
             if view is not None:
                 self._state.tags.update({STATE_TAG: LOST} if STATE_TAG in view.tags else {})
             self._found()
-            self._transport.update_run(self._run_id, ended.status, ended.end_unix_nano // 1_000_000)
+            # A clock set back between two attempts must not end the run before its first one began.
+            end = max(ended.end_unix_nano // 1_000_000, 0 if view is None else view.start_time)
+            self._transport.update_run(self._run_id, ended.status, end)
         except Refused as no:
             self._check_run(no)
             self._refusals.append(Refusal("event", str(no), {"status": ended.status, "end": ended.end_unix_nano}))
