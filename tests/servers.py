@@ -238,6 +238,9 @@ def _answers(address: str) -> bool:
 # ---- a proxy that sees and spoils -------------------------------------------------------------------------------
 
 
+PASSED_ON = ("content-type", "retry-after", "upload-", "tracelet.")  # beginnings of an answer's headers
+
+
 @dataclass(slots=True)
 class Seen:
     """One request that passed the proxy."""
@@ -301,7 +304,7 @@ def recording_proxy(upstream: str, tls: ssl.SSLContext | None = None) -> Iterato
                 connection.request(self.command, path, body, sent)
                 reply = connection.getresponse()
                 status, content = reply.status, reply.read()
-                headers = {k: v for k, v in reply.getheaders() if k.lower() in ("content-type", "retry-after")}
+                headers = {k: v for k, v in reply.getheaders() if k.lower().startswith(PASSED_ON)}
                 connection.close()
                 if spoil.carried_out is not None:
                     spoil.carried_out()
@@ -320,7 +323,7 @@ def recording_proxy(upstream: str, tls: ssl.SSLContext | None = None) -> Iterato
             self.end_headers()
             self.wfile.write(content)
 
-        do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _handle
+        do_HEAD = do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _handle
 
         def log_message(self, format: str, *args: object) -> None:
             """Nothing on standard error."""

@@ -5,18 +5,24 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sqlite3
+import threading
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
+from types import FrameType
+from typing import Any
 from urllib.parse import unquote
 
 import pytest
 
 import tracelet
+from tests.gateway_process import GatewayProcess
 from tests.otlp_decode import decode
 from tests.servers import MlflowServer, Run, Seen, Spoil, recording_proxy, rows_of, run_of
 from tests.sinks import HttpSink
+from tracelet.exporters.mlflow import artifacts
 from tracelet.exporters.mlflow.names import legal_name, legal_path
 from tracelet.shipper.process import ship
 from tracelet.spool import store
@@ -203,3 +209,116 @@ def test_a_file_that_changes_on_its_way_is_refused_and_one_whose_bytes_are_still
         assert there == {"models/model.bin": 3_000_000}
         assert set(outcome.refused.values()) == {0}
     assert run.data.metrics == {"loss": 1.0}
+
+
+WAYS_TO_CHANGE = ("grows", "its beginning changes", "its end changes", "is replaced", "vanishes")
+
+
+def happen(what: str, file: Path) -> None:
+    """One of these, in the middle of the file's way."""
+    if what == "grows":
+        with open(file, "ab") as end:
+            end.write(b"b")
+    elif what == "is replaced":
+        file.with_name("new").write_bytes(b"b")
+        file.with_name("new").rename(file)
+    elif what == "vanishes":
+        file.unlink()
+    else:
+        with open(file, "r+b") as there:
+            there.seek(0 if "beginning" in what else file.stat().st_size - 1)
+            there.write(b"b")
+
+
+def logged_by_reference(tmp_path: Path, name: str, size: int, **given: Any) -> tuple[store.RunFolder, dict[str, Path]]:
+    """A run with a file for each of these, none of them copied, and not shipped."""
+    files = {what: tmp_path / f"{what}.bin" for what in WAYS_TO_CHANGE}
+    exp = tracelet.Experiment(name, project="odd input", **given)
+    exp.log_metric("loss", 1.0, iteration=1)
+    for what, file in files.items():
+        file.write_bytes(what.encode().ljust(size, b"a"))
+        exp.log_artifact(file, f"models/{what}.bin", copy=False)
+    exp.stop()
+    (found,) = [run for run in store.list_runs(Path(os.environ["TRACELET_DIR"])) if run.run_id == exp.id]
+    return found, files
+
+
+def refused_files(folder: Path) -> set[str]:
+    """What of a run's files stands in its dead letters, each for having changed."""
+    letters = [json.loads(line) for path in folder.glob("rejected-*.jsonl") for line in path.read_text().splitlines()]
+    for letter in letters:
+        assert re.search("has changed|when (it was )?logged", letter["reason"]), letter
+    return {Path(letter["facts"]["path"]).stem for letter in letters}
+
+
+def test_a_file_that_changes_while_it_is_put_to_a_gateway_is_refused_or_arrives_as_it_was_logged(
+    tmp_path: Path, mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRACELET_SHIPPER", "off")
+    size = 9_000_000  # two pieces
+    with (
+        GatewayProcess(tmp_path / "gateway", mlflow_server.uri) as gateway,
+        recording_proxy(gateway.http) as proxy,
+    ):
+        monkeypatch.setenv("TRACELET_ARTIFACT_GATEWAY", proxy.uri)
+        name = "on its way to a gateway"
+        found, files = logged_by_reference(tmp_path, name, size, backend=tracelet.OTLP(gateway.http))
+        contents = {what: file.read_bytes() for what, file in files.items()}
+        happened: set[str] = set()
+
+        def rule(seen: Seen) -> Spoil:
+            """The first piece has come in whole, and the second has not been read."""
+            if seen.method == "PATCH" and seen.headers["Upload-Offset"] == "0":
+                (what,) = [what for what in WAYS_TO_CHANGE if seen.body.startswith(what.encode() + b"a")]
+                if what not in happened:
+                    happen(what, files[what])
+                happened.add(what)
+            return Spoil()
+
+        proxy.rule = rule
+        outcome = ship(found.folder, timeout_s=60)
+        assert outcome.complete, outcome.reasons
+        assert happened == set(WAYS_TO_CHANGE)
+        run = run_of(mlflow_server, name, project="odd input", status="FINISHED")
+        there = mlflow_server.artifacts(run.info.run_id)
+        # The gateway compares the digest: of the first four it had what was logged, and of the fifth a mixture.
+        assert refused_files(found.folder) == {"its end changes"}
+        assert there.keys() == {
+            *(f"models/{what}.bin" for what in WAYS_TO_CHANGE if what != "its end changes"),
+            "models/its end changes.bin.reference.json",
+        }
+        for path in there.keys() - {"models/its end changes.bin.reference.json"}:
+            (stored,) = (mlflow_server.folder / "artifacts").glob(f"*/{run.info.run_id}/artifacts/{path}")
+            assert stored.read_bytes() == contents[Path(path).stem]
+
+
+def test_a_file_that_changes_while_it_is_copied_beside_a_database_is_refused_and_leaves_nothing_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRACELET_SHIPPER", "off")
+    monkeypatch.chdir(tmp_path)
+    found, files = logged_by_reference(tmp_path, "beside", 3_000_000, tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    contents = {what: file.read_bytes() for what, file in files.items()}
+    happened: set[str] = set()
+
+    def in_the_middle(frame: FrameType, event: str, _: object) -> Any:
+        """At a line of the copying, once the first megabyte is through and the last is not."""
+        if frame.f_code is not artifacts._into_folder.__code__:
+            return None
+        out, what = frame.f_locals.get("out"), Path(frame.f_locals["path"]).stem
+        if event == "line" and what in files.keys() - happened and out is not None and 0 < out.tell() < 3_000_000:
+            happened.add(what)
+            happen(what, files[what])
+        return in_the_middle
+
+    before = threading.gettrace()
+    threading.settrace(in_the_middle)
+    try:
+        outcome = ship(found.folder, timeout_s=60)
+    finally:
+        threading.settrace(before)  # type: ignore[arg-type]
+    assert outcome.complete, outcome.reasons
+    assert happened == set(WAYS_TO_CHANGE)
+    assert refused_files(found.folder) == {"grows", "its beginning changes", "its end changes"}
+    there = {path.stem: path.read_bytes() for path in (tmp_path / "mlruns").rglob("models/*")}
+    assert there == {what: contents[what] for what in ("is replaced", "vanishes")}
