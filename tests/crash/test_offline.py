@@ -26,7 +26,7 @@ from tests.crash.clocks import other_clocks
 from tests.crash.test_sidecar import points
 from tests.programs import LIMIT_S, said, started, written
 from tests.shipping import until
-from tests.sinks import GrpcSink, HttpSink, Say, Sink
+from tests.sinks import GrpcSink, HttpSink, Sink
 from tests.spooled import folder_of
 from tests.wire import Wire
 from tracelet.spool.lease import shipper_alive
