@@ -66,6 +66,17 @@ def started(
                 pipe.close()
 
 
+def said_until(process: subprocess.Popen[str], words: str) -> str:
+    """All that a program has printed until these words stood in it."""
+    assert process.stdout is not None
+    text = ""
+    while words not in text:
+        line = process.stdout.readline()
+        assert line, text
+        text += line
+    return text
+
+
 def said(process: subprocess.Popen[str]) -> str:
     """The next line a program printed; empty at its end."""
     assert process.stdout is not None

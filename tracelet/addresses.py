@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
 
-__all__ = ["DATABASES", "MASK", "shown_addresses", "sounds_secret", "user_info", "without_credentials"]
+__all__ = ["DATABASES", "MASK", "shown_address", "shown_names", "sounds_secret", "user_info", "without_credentials"]
 
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 """Engines whose addresses SQLAlchemy reads: the user in them is a part of the address."""
@@ -47,17 +47,24 @@ def without_credentials(uri: str) -> str:
     return shown  # as it was written: urlunsplit would write `sqlite:////x` with two slashes less
 
 
-def shown_addresses(text: str) -> str:
-    """One address, or several with commas between, without credentials; masked where they can't be taken apart."""
-    return ",".join(map(_shown, text.split(",")))
-
-
-def _shown(uri: str) -> str:
+def shown_address(uri: str) -> str:
+    """`uri` without credentials; masked where it can't be taken apart."""
     try:
         return without_credentials(uri)
     except ValueError:
         scheme, slashes, _ = _cut(uri)
         return scheme + slashes + MASK
+
+
+def shown_names(text: str) -> str:
+    """Names with commas between, as they may be shown where somebody has put an address among them.
+
+    Examples:
+        >>> from tracelet.addresses import shown_names
+        >>> shown_names("mlflow, http://bob:s3,cret@host"), shown_names("mlflow,otlp")
+        ('***', 'mlflow,otlp')
+    """
+    return MASK if re.search("[:/@?#=]", text) else text  # all of it: a password may have commas, too
 
 
 def user_info(uri: str) -> str:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from tracelet.addresses import shown_addresses, without_credentials
+from tracelet.addresses import shown_names, without_credentials
 from tracelet.errors import ConfigError
 
 __all__ = [
@@ -207,7 +207,9 @@ def _named(name: str) -> Spec:
 
     near = difflib.get_close_matches(name.lower(), _SPECS, n=1, cutoff=0.4)
     advice = f"did you mean {near[0]!r}?" if near else f"there are {_names()}"
-    shown = shown_addresses(name)  # somebody may have put one here
+    shown = shown_names(name)
+    if shown != name:
+        advice = "an address goes into tracelet.MLflow(...), OTLP(...) or Prometheus(...), or into their variables"
     raise ConfigError(f"backend {shown!r} is none: {advice}", backend=shown, nearest=near[0] if near else None)
 
 

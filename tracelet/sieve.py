@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
-from tracelet.addresses import MASK, shown_addresses, sounds_secret, user_info
+from tracelet.addresses import MASK, shown_address, sounds_secret, user_info
 
 __all__ = ["Sieve", "SievedLines", "open_text"]
 
@@ -26,7 +26,7 @@ _COUNT = re.compile(r"TOKENS(?:_|$)", re.IGNORECASE)  # MAX_NEW_TOKENS=1024 must
 _USER = re.compile(r"(.*)(?:PASSWORD|PASSWD)$", re.IGNORECASE)
 _USER_NAMES = ("USERNAME", "USER")
 _NO_SECRETS = frozenset({"true", "false", "none", "null", "enabled", "disabled", "default", "basic", "bearer"})
-_ADDRESS = re.compile(r"(?:ENDPOINT|UR[IL]|PROXY|BACKEND)$", re.IGNORECASE)  # of a variable; others are not looked at
+_ADDRESS = re.compile(r"(?:ENDPOINT|UR[IL]|PROXY)$", re.IGNORECASE)  # a variable that holds one, and nothing else
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s,;\"'<>]+")
 
 
@@ -53,7 +53,7 @@ class Sieve:
                 found.update(_of_pair(name, value, environ))
             found.update(_of_uris(value))
             if _ADDRESS.search(name):
-                found.update(_of_bare(value))
+                found.update(_of_address(value.strip()))
         for secret in secrets:
             _collect(secret, found)
         forms = {form for secret in found for form in (secret, unquote(secret)) for form in _forms(form)}
@@ -69,7 +69,7 @@ class Sieve:
 
 def open_text(text: str) -> str:
     """`text` with each address in it rid of user, password and secret-sounding parameters."""
-    return _URI.sub(lambda match: shown_addresses(match[0]), text) if "://" in text else text
+    return _URI.sub(lambda match: shown_address(match[0]), text) if "://" in text else text
 
 
 def _forms(secret: str) -> Iterator[str]:
@@ -112,36 +112,34 @@ def _of_pair(name: str, password: str, environ: Mapping[str, str]) -> Iterator[s
 
 def _of_uris(text: str) -> Iterator[str]:
     for match in _URI.finditer(text):
-        try:
-            parts = urlsplit(match[0])
-        except ValueError:
-            continue
-        for name, value in parse_qsl(parts.query):
-            if sounds_secret(name):
-                yield value
-        info = user_info(match[0])
-        if not info:
-            continue
-        user, colon, password = info.partition(":")
-        if colon:
-            yield from (info, password)
-        elif parts.scheme.lower() in ("http", "https"):
-            yield user  # mostly a token; a database's user is part of its address, and shown
-        yield from _basic(unquote(user), unquote(password))
+        yield from _of_address(match[0])
 
 
-def _of_bare(text: str) -> Iterator[str]:
-    """The same of addresses without a scheme, by commas: `bob:s3cret@host:4318`."""
-    for one in text.split(","):
-        info = "" if "://" in one else user_info(one.strip())
-        yield from (info, info.partition(":")[2])  # without a colon it is mostly a token
+def _of_address(uri: str) -> Iterator[str]:
+    """What lets somebody in of one address, which may lack its scheme: `bob:s3cret@host:4318`."""
+    try:
+        query = urlsplit(uri).query
+    except ValueError:
+        query = ""
+    for name, value in parse_qsl(query):
+        if sounds_secret(name):
+            yield value
+    info = user_info(uri)
+    if not info:
+        return
+    user, colon, password = info.partition(":")
+    if colon:
+        yield from (info, password)
+    elif uri.partition("://")[0].lower() in ("http", "https") or "://" not in uri:
+        yield user  # mostly a token; a database's user is part of its address, and shown
+    yield from _basic(unquote(user), unquote(password))
 
 
 def _collect(secrets: object, found: set[str]) -> None:
     """The secret texts in what `choice.choose` calls secrets: headers' values, and credentials in addresses."""
     if isinstance(secrets, str):
         found.update(_of_uris(secrets))
-        found.update(_of_bare(secrets))
+        found.update(_of_address(secrets))
     elif isinstance(secrets, Mapping):
         for name, value in secrets.items():
             if name == "headers" and isinstance(value, Mapping):

@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from tests.crash.clocks import other_clocks
+from tests.programs import said_until
 from tests.shipping import until
 from tests.sinks import HttpSink, Say
 from tests.system import Place, place, system_program
@@ -158,17 +159,6 @@ def engine(otlp_sink: HttpSink) -> Iterator[Engine]:
         yield Engine(at, otlp_sink)
 
 
-def logged(container: subprocess.Popen[str]) -> str:
-    """What a container has said when all is logged."""
-    assert container.stdout is not None
-    said = ""
-    while "logged\n" not in said:
-        line = container.stdout.readline()
-        assert line, said
-        said += line
-    return said
-
-
 def test_the_image_makes_python_process_1_for_a_user_who_owns_the_folder() -> None:
     found, (train, ship) = image(), docker_runs()
     assert found.command == ["python", "train.py"]
@@ -188,7 +178,7 @@ def test_the_guides_excerpt_is_the_files_lines() -> None:
 
 def test_a_stopped_container_has_delivered_its_run_as_killed_and_left_with_143(engine: Engine) -> None:
     with engine.run(engine.train, "stopped") as container:
-        logged(container)
+        said_until(container, "logged\n")
         engine.signal(container, signal.SIGTERM)
         assert container.wait(LIMIT_S) == 143
     assert engine.arrived("stopped") == list(range(5000))
@@ -198,18 +188,18 @@ def test_a_stopped_container_has_delivered_its_run_as_killed_and_left_with_143(e
 def test_what_stopped_and_killed_containers_left_in_the_volume_a_later_one_names_and_ships(engine: Engine) -> None:
     engine.sink.rule = lambda _: Say(503)
     with engine.run(engine.train, "stopped") as container:
-        logged(container)
+        said_until(container, "logged\n")
         engine.signal(container, signal.SIGTERM)  # it gives up after its grace, before a SIGKILL would come
         said, _ = container.communicate(timeout=LIMIT_S)
         assert container.returncode == 143, said
         assert "tracelet ship" in said
     with engine.run(engine.train, "killed") as container:
-        logged(container)
+        said_until(container, "logged\n")
         engine.signal(container, signal.SIGKILL)
         container.wait(LIMIT_S)
     engine.sink.rule = None
     with engine.run(engine.train, "later", day=1) as container:
-        said = logged(container)
+        said = said_until(container, "logged\n")
         assert "2 earlier runs wait in" in said
         until(lambda: len(engine.arrived("later")) == 5000, LIMIT_S)
         assert engine.arrived("stopped") == engine.arrived("killed") == []  # its shipper is its own run's

@@ -207,7 +207,14 @@ def test_the_folders_of_a_spool_are_their_users_alone_whatever_the_umask(told: d
     }
 
 
-MISTYPED = ("u:{}@127.0.0.1:9", "htp://u:{}@127.0.0.1", "http://u:{}@127.0.0.1:port", "http://u:a/{}@127.0.0.1", "{}@h")
+MISTYPED = (
+    "u:{}@127.0.0.1:9",
+    "htp://u:{}@127.0.0.1",
+    "http://u:{}@127.0.0.1:port",
+    "http://u:a/{}@127.0.0.1",
+    "http://u:{},a@h",
+    "{}@h",
+)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.test_cli_ship import tracelet, train, training
+from tests.programs import said_until
 from tests.shipping import until
 from tests.sinks import HttpSink, attributes
 from tests.stack.harness import is_running
@@ -175,11 +176,7 @@ def test_another_user_is_told_whose_the_folder_is(tmp_path: Path, clean_environm
         limit = threading.Timer(60.0, followed.kill)
         limit.start()
         assert followed.stdout is not None
-        said = ""
-        while "under one user id" not in said:
-            line = followed.stdout.readline()
-            assert line, said
-            said += line
+        said_until(followed, "under one user id")
         followed.send_signal(signal.SIGTERM)
         followed.stdout.read()
     limit.cancel()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tracelet.addresses import MASK, shown_addresses, user_info, without_credentials
+from tracelet.addresses import MASK, shown_address, user_info, without_credentials
 
 
 @pytest.mark.parametrize(
@@ -35,6 +35,7 @@ def test_an_address_without_credentials_is_untouched(uri: str) -> None:
         ("u:p/w@h:4318/v1", "h:4318/v1"),
         ("u:p#w@h", "h"),
         ("u:p@w@h", "h"),
+        ("http://u:p,w@h", "http://h"),
         ("u:pw@h/x?token=pw&a=1", "h/x?a=1"),
         ("htp://u:pw@h", "htp://h"),
         ("http://u:p/w@h", "http://h"),
@@ -45,10 +46,10 @@ def test_an_address_without_credentials_is_untouched(uri: str) -> None:
 )
 def test_a_mistyped_address_is_shown_without_what_stands_before_its_host(mistyped: str, shown: str) -> None:
     assert without_credentials(mistyped) == shown
-    assert shown_addresses(f"a,{mistyped}") == f"a,{shown}"
+    assert shown_address(mistyped) == shown
 
 
 def test_what_cannot_be_taken_apart_is_masked() -> None:
     with pytest.raises(ValueError, match="IPv6"):
         without_credentials("http://[u:pw@h")
-    assert shown_addresses("http://[u:pw@h") == f"http://{MASK}"
+    assert shown_address("http://[u:pw@h") == f"http://{MASK}"

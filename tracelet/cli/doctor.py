@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tracelet import choice, launch, settings
-from tracelet.addresses import shown_addresses
+from tracelet.addresses import shown_address, shown_names
 from tracelet.cli import reach
 from tracelet.cli.facts import address
 from tracelet.cli.find import add_dir
@@ -161,7 +161,9 @@ def _value(resolved: settings.Settings, name: str) -> str | None:
         return f"{age(value.max_age_s)}, {size(value.max_bytes)}"
     if name == "max_bytes":
         return size(float(str(value)))
-    return shown_addresses(str(value)) if name in ("backend", "prometheus_url", "tracking_uri") else str(value)
+    if name == "backend" and isinstance(value, str):
+        return shown_names(value)
+    return shown_address(str(value)) if name in ("prometheus_url", "tracking_uri") else str(value)
 
 
 def _variables(report: Report, environ: Mapping[str, str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from tracelet.addresses import MASK, shown_addresses
+from tracelet.addresses import MASK, shown_address, shown_names
 from tracelet.sieve import Sieve, open_text
 
 __all__ = ["Sieve", "open_text", "shown"]
@@ -18,7 +18,8 @@ _OPEN = re.compile(
     r"|TRACELET_(?:BACKEND|PROJECT|EXPERIMENT_NAME|DIR|SHIPPER|RUN_ID|KEEP|MAX_BYTES|GRACE)",
     re.IGNORECASE,
 )
-_ADDRESS = re.compile(r"(?:ENDPOINT|URI|PROXY|BACKEND)$", re.IGNORECASE)  # one without a scheme may stand there, too
+# An address and nothing else; it may lack its scheme.
+_ADDRESS = re.compile(r"(?:ENDPOINT|URI|(?:HTTPS?|ALL)_PROXY)$", re.IGNORECASE)
 
 
 def shown(name: str, value: str) -> str:
@@ -32,6 +33,8 @@ def shown(name: str, value: str) -> str:
     if name.upper().endswith("_HEADERS"):
         names = [part.partition("=")[0].strip() for part in value.split(",") if "=" in part]
         return f"set ({', '.join(f'{header}={MASK}' for header in names)})" if names else "set"
+    if name.upper() == "TRACELET_BACKEND":
+        return shown_names(value)
     if _OPEN.fullmatch(name):
-        return shown_addresses(value) if _ADDRESS.search(name) else open_text(value)
+        return shown_address(value) if _ADDRESS.search(name) else open_text(value)
     return "set"

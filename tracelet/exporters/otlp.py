@@ -134,10 +134,13 @@ class OTLPExporter:
         if reply.kind == "accepted":
             if signal not in self._passed or len(body) <= _CONTROL_BYTES:
                 self._passed[signal] = body
-        elif reply.credentials or (reply.kind == "later" and self._files[signal] != fingerprint(*options.files())):
-            # Certificates, headers and credential providers are read when a sender is made: the next try has new ones.
-            self._drop(signal)
-        elif reply.unresolved:
+        elif (
+            reply.credentials
+            or reply.unresolved
+            or (reply.kind == "later" and self._files[signal] != fingerprint(*options.files()))
+        ):
+            # Certificates, headers and credential providers are read, and names asked for, when a sender is made: the
+            # next try has new ones.
             self._drop(signal)
         return reply
 

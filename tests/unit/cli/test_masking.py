@@ -24,7 +24,9 @@ SECRET = "s3cret-planted"
         ("MLFLOW_TRACKING_URI", f"https://host/x?access_token={SECRET}"),
         ("HTTPS_PROXY", f"http://me:{SECRET}@proxy:3128"),
         ("HTTPS_PROXY", f"me:{SECRET}@proxy:3128"),
+        ("HTTPS_PROXY", f"http://me:{SECRET},a@proxy:3128"),
         ("TRACELET_BACKEND", f"otlp,http://me:a/{SECRET}@h"),
+        ("TRACELET_BACKEND", f"otlp,http://me:{SECRET},a@h"),
         ("MLFLOW_SOMETHING_OF_TOMORROW", SECRET),
     ],
 )
