@@ -21,13 +21,13 @@ import pytest
 
 from tests import hosts
 from tests.conftest import processes_of
-from tests.crash import unplugged
 from tests.crash.clocks import other_clocks
 from tests.crash.test_sidecar import points
 from tests.programs import LIMIT_S, said, started, written
 from tests.shipping import until
 from tests.sinks import GrpcSink, HttpSink, Sink
 from tests.spooled import folder_of
+from tests.stack.harness import lacking
 from tests.wire import Wire
 from tracelet.spool.lease import shipper_alive
 
@@ -45,8 +45,8 @@ for run_id in sys.argv[1:]:
 
 @pytest.fixture(autouse=True)
 def no_network(tmp_path: Path) -> None:
-    if not unplugged.can_be_made(tmp_path):
-        pytest.skip("a namespace without a network can't be made here")
+    if not hosts.can_be_made(tmp_path):
+        lacking("a namespace without a network can't be made here")
 
 
 def on_day(
@@ -71,7 +71,7 @@ def test_a_week_of_runs_is_named_at_the_next_start_and_delivered_by_one_command(
     faults = {0: "Network is unreachable", 2: "Temporary failure in name resolution", 5: "Network is unreachable"}
     for day, fault in faults.items():
         endpoint = named if "name" in fault else otlp_sink.url
-        done = on_day(day, tmp_path, endpoint, "-c", TRAIN, f"day-{day}", before=unplugged.words())
+        done = on_day(day, tmp_path, endpoint, "-c", TRAIN, f"day-{day}", before=hosts.WITHOUT_NETWORK)
         assert "1,000 points still on the way to otlp" in done.stderr
         # Ten minutes after the end, without progress, its shipper leaves: a closed lid finds no process.
         until(lambda: not processes_of(str(tmp_path)), LIMIT_S)
@@ -87,8 +87,9 @@ def test_a_week_of_runs_is_named_at_the_next_start_and_delivered_by_one_command(
     assert sorted(told[1:]) == ["day-0", "day-2", "day-5"]
     assert points(otlp_sink, "day-0") == []  # a new run's shipper is no other's
 
-    known = unplugged.knowing(tmp_path, "collector.test")
-    on_day(8, tmp_path, otlp_sink.url, "-m", "tracelet", "ship", before=known)
+    names = hosts.Names(tmp_path)
+    names.add("collector.test", "127.0.0.1")
+    on_day(8, tmp_path, otlp_sink.url, "-m", "tracelet", "ship", before=names.words)
     for day in (0, 2, 5):
         run_id = f"day-{day}"
         assert points(otlp_sink, run_id) == list(range(1000))
@@ -135,7 +136,7 @@ class Cluster:
     @contextmanager
     def job(self, run: str) -> Iterator[subprocess.Popen[str]]:
         """A job that has logged and goes on until its input ends; a line of it has the job log more."""
-        words = [*unplugged.words(), *hosts.words_for(self.folder, "node7"), "bash", "-c"]
+        words = [*hosts.WITHOUT_NETWORK, *hosts.words_for(self.folder, "node7"), "bash", "-c"]
         process = subprocess.Popen(
             [*words, f"exec env TRACELET_RUN_ID={run} {self.line('TRACELET_SHIPPER=off')}"],
             cwd=self.folder, env=self.environ(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
